@@ -11,7 +11,8 @@ FedMergeError
 │   └── DivergedError                  a training or an encoder that diverged
 ├── PolicyError                        something that the privacy policy forbids
 ├── DeploymentError                    the operator's side of a federation on several machines
-└── RunDirError                        a run folder or a file in it
+├── RunDirError                        a run folder or a file in it
+└── StorageError                       an address of shared storage, or what lies there
 """
 
 
@@ -61,3 +62,7 @@ class DeploymentError(FedMergeError):
 
 class RunDirError(FedMergeError):
     """A run folder or a file in it cannot be created, written or read."""
+
+
+class StorageError(FedMergeError):
+    """An address of shared storage is wrong, cannot be reached, or holds something that is not whole."""

@@ -9,6 +9,7 @@ from fedmerge.domain.demo import BUNDLED_DOMAINS
 from fedmerge.domain.folder import list_domains
 from fedmerge.domain.manifest import (
     DP_BY_USER,
+    MANIFEST_FILE,
     NOISED_METRICS,
     OTHER_ATTRIBUTES,
     Manifest,
@@ -18,6 +19,8 @@ from fedmerge.domain.manifest import (
 )
 from fedmerge.encoder.families import conventions_of
 from fedmerge.errors import BackboneError, ConfigError, FedMergeError
+from fedmerge.storage.addresses import is_address
+from fedmerge.storage.fetching import has_file
 
 
 def check_simulation(config: ExperimentConfig) -> None:
@@ -132,6 +135,15 @@ def _backbone_problems(config: ExperimentConfig) -> Iterator[str]:
 def _data_problems(config: ExperimentConfig) -> Iterator[str]:
     """Yield problems of the domain folders, as their manifests show them; the bundled demo can only lack a name."""
     root, names = config.domains.root, config.domains.train + config.domains.unseen
+    if is_address(root):
+        try:
+            missing = [name for name in names if not has_file(f"{root.rstrip('/')}/{name}", MANIFEST_FILE)]
+        except FedMergeError as error:
+            yield f"domains.root: {error}"
+        else:
+            if missing:
+                yield f"domains.root = {root!r} has no domain {', '.join(missing)}; correct the address or the names"
+        return
     try:
         known = BUNDLED_DOMAINS if root == DEMO_ROOT else list_domains(Path(root).expanduser())
     except FedMergeError as error:

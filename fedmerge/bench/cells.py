@@ -34,7 +34,7 @@ from fedmerge.config import (
     Rounds,
 )
 from fedmerge.domain.catalog import Catalog, load_catalog
-from fedmerge.domain.demo import domains_root
+from fedmerge.domain.demo import domain_folder
 from fedmerge.domain.manifest import check_catalog_is_public, read_manifest
 from fedmerge.encoder.peft.folder import read_adapter, write_adapter
 from fedmerge.errors import FedMergeError
@@ -424,10 +424,13 @@ WORK: Mapping[str, Callable[..., None]] = {
 
 def _catalogs(config: ExperimentConfig, domains: Mapping[str, str], public: bool = True) -> dict[str, Catalog]:
     given = config.server.catalogs
-    root = domains_root(config.domains.root, config.cache_dir) if given is None else Path(given)
+    folders = {
+        domain: domain_folder(config.domains.root, domain, config.cache_dir) if given is None else Path(given) / domain
+        for domain in domains
+    }
     for domain in domains if public else ():
-        check_catalog_is_public(domain, read_manifest(root / domain).public_catalog)
-    return {domain: load_catalog(root / domain) for domain in domains}
+        check_catalog_is_public(domain, read_manifest(folders[domain]).public_catalog)
+    return {domain: load_catalog(folder) for domain, folder in folders.items()}
 
 
 def _forget_peak() -> None:

@@ -32,7 +32,7 @@ from fedmerge.config import (
     Text,
 )
 from fedmerge.device import resolve_compute
-from fedmerge.domain.demo import domains_root
+from fedmerge.domain.demo import domain_folder
 from fedmerge.domain.interactions import load_interactions
 from fedmerge.domain.manifest import read_manifest
 from fedmerge.domain.splits import Examples, evaluation_examples
@@ -265,7 +265,7 @@ def _text_vectors(
 def domain_of(config: ExperimentConfig, domain: str) -> LocalDomain:
     """Return a domain, opened once per process."""
     return _domain(
-        domains_root(config.domains.root, config.cache_dir) / domain,
+        domain_folder(config.domains.root, domain, config.cache_dir),
         backbone_of(config.backbone, config.runtime),
         config.text,
     )

@@ -38,7 +38,7 @@ from fedmerge.bench.ranking import head_report
 from fedmerge.client.audit.attacks import EXPERT
 from fedmerge.config import ExperimentConfig, HeadVectors
 from fedmerge.domain.catalog import CATALOG_FILE
-from fedmerge.domain.demo import domains_root
+from fedmerge.domain.demo import domain_folder
 from fedmerge.domain.manifest import read_manifest
 from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.evaluation.ranks import SELECTION_METRIC
@@ -288,8 +288,7 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
     gate = grid.gate(place, strategy)
     probed = gate is not None and config.admission.probe_items is not None
     if (config.methods_from_catalogs or config.shares_similarity or probed) and config.server.catalogs is None:
-        root = domains_root(config.domains.root, config.cache_dir)
-        up += sum((root / domain / CATALOG_FILE).stat().st_size for domain in sent)
+        up += sum((_folder(config, domain) / CATALOG_FILE).stat().st_size for domain in sent)
     judged = (read_json(gate) or {}) if gate else {}
     last = (provenance.rounds or [{}])[-1]
     return {
@@ -482,7 +481,7 @@ def _report(expert: Path) -> dict[str, Any]:
 
 
 def _folder(config: ExperimentConfig, domain: str) -> Path:
-    return domains_root(config.domains.root, config.cache_dir) / domain
+    return domain_folder(config.domains.root, domain, config.cache_dir)
 
 
 def _synthetic(grid: Grid, places: Sequence[Place]) -> bool:

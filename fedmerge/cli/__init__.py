@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from fedmerge import __version__
-from fedmerge.cli import bench, cache, configs, init, privacy, report, run, runs
+from fedmerge.cli import bench, cache, configs, init, privacy, report, run, runs, storage
 from fedmerge.cli.adapters import evaluate, export, extract, merge, recommend, serve
 from fedmerge.cli.data import folders
 from fedmerge.cli.machines import client, deploy
@@ -61,6 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
         export,
         bench,
         privacy,
+        storage,
     )
     for group in (*local, deploy, client):
         group.add_commands(commands)

@@ -52,8 +52,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "adapter",
         metavar="MODEL",
-        help="a run (its folder or the beginning of its id), for what it serves the domain; a PEFT folder; or 'none', "
-        "the backbone alone",
+        help="a run (its folder or the beginning of its id), for what it serves the domain; a PEFT folder, or its "
+        "address on shared storage; or 'none', the backbone alone",
     )
     parser.add_argument(
         "--config",
@@ -75,6 +75,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_runs_folder(run)
 
 
+def add_domain(parser: argparse._ActionsContainer, told: str, required: bool = True) -> None:
+    """Add ``--domain``: a folder, or an address that :func:`adapter_config` copies to the cache."""
+    parser.add_argument("--domain", type=_source, required=required, metavar="DIR", help=f"{told}, or its address")
+
+
+def _source(text: str) -> str | Path:
+    from fedmerge.storage.addresses import is_address
+
+    return text if is_address(text) else Path(text)
+
+
 def run_of(options: argparse.Namespace) -> Path | None:
     """Return the folder of the run that MODEL names; None if it names an adapter.
 
@@ -85,6 +96,7 @@ def run_of(options: argparse.Namespace) -> Path | None:
     from fedmerge.errors import ConfigError
     from fedmerge.runs.reading import find_run, is_run, list_runs
 
+    _fetch_adapter(options)
     folder = Path(options.adapter)
     if options.adapter != "none" and not (folder / "adapter_config.json").is_file():
         if is_run(folder):
@@ -110,7 +122,28 @@ def adapter_config(options: argparse.Namespace) -> "ExperimentConfig":
     overrides = list(options.overrides)
     if options.cache_dir is not None:
         overrides.append(f"cache_dir={json.dumps(options.cache_dir)}")
-    return load_config(options.config or of_run, overrides)
+    config = load_config(options.config or of_run, overrides)
+    if isinstance(getattr(options, "domain", None), str):
+        from fedmerge.storage.fetching import local_folder
+
+        options.domain = local_folder(options.domain, config.cache_dir, "domains")
+    return config
+
+
+def _fetch_adapter(options: argparse.Namespace) -> None:
+    """Replace the address of an adapter by its copy in the cache."""
+    from fedmerge.storage.addresses import is_address
+
+    if is_address(options.adapter):
+        options.adapter = str(fetched_adapter(options.adapter, options.cache_dir))
+
+
+def fetched_adapter(address: str, cache_dir: str | None = None) -> Path:
+    """Return the local copy of an adapter at an address, in a client's cache; None is the default one."""
+    from fedmerge.config import ExperimentConfig
+    from fedmerge.storage.fetching import local_folder
+
+    return local_folder(address, cache_dir or ExperimentConfig().cache_dir, "adapters")
 
 
 def add_runs_folder(parser: argparse._ActionsContainer, *, again: bool = False) -> None:

@@ -166,7 +166,7 @@ def _opened(folder: Path, config: "ExperimentConfig", names: Sequence[str]) -> I
     from fedmerge.client.audit.similarity import factors_for
     from fedmerge.client.local_domain import open_domain
     from fedmerge.client.training.settings import training_settings
-    from fedmerge.domain.demo import domains_root
+    from fedmerge.domain.demo import domain_folder
     from fedmerge.encoder.adapted import NO_ADAPTER, load_adapted
     from fedmerge.encoder.peft.folder import read_verified
     from fedmerge.errors import RunDirError
@@ -188,10 +188,9 @@ def _opened(folder: Path, config: "ExperimentConfig", names: Sequence[str]) -> I
             is_sum = parameters.get("initialisation", TASK_VECTORS) == TASK_VECTORS
             coefficients = weights if is_sum else None
     backbone, _ = load_adapted(NO_ADAPTER, config)
-    root = domains_root(config.domains.root, config.cache_dir)
     continued, sent = stored_woven(folder, read_weave(folder) or {}), stored_factors(folder)
     for name in names:
-        domain = open_domain(root / name, backbone, config.text)
+        domain = open_domain(domain_folder(config.domains.root, name, config.cache_dir), backbone, config.text)
         own = {each.source: continued[each] for each in continued if each.target == name}
         settings, factors = training_settings(config), factors_for(name, sent)
         yield name, Audited(domain, settings, experts.get(name), merged, experts, coefficients, own, factors)

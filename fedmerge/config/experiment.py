@@ -16,6 +16,7 @@ from fedmerge.config.contradictions.privacy import (
 )
 from fedmerge.config.contradictions.rmm import rmm_problems
 from fedmerge.config.contradictions.runs import (
+    address_problems,
     admission_problems,
     group_problems,
     learning_problems,
@@ -123,6 +124,7 @@ class ExperimentConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> ExperimentConfig:
         problems = [
+            *address_problems(self.output_dir, self.cache_dir, self.server),
             *run_problems(self.resume, self.run_id, self.domains, self.server),
             *rounds_problems(self.rounds, self.lora, self.domains),
             *pair_problems(self.merge, self.rounds, self.domains),

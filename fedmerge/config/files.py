@@ -20,6 +20,7 @@ from fedmerge.config.model import DEMO_ROOT
 from fedmerge.config.removed import REMOVED
 from fedmerge.errors import ConfigError
 from fedmerge.installation import shipped_configs
+from fedmerge.storage.addresses import is_address
 
 Scalar = str | int | float | bool
 DEMO = "demo"  # name of the bundled experiment
@@ -163,21 +164,20 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def with_absolute_paths(config: ExperimentConfig, start: Path) -> ExperimentConfig:
-    """Resolve relative paths against ``start``; ``demo`` and hub ids stay as they are."""
+    """Resolve relative paths against ``start``; ``demo``, addresses and hub ids stay as they are."""
 
     def absolute(path: str) -> str:
         return str((start / Path(path).expanduser()).resolve())
 
     source = config.backbone.source
     is_folder = source.startswith((".", "~", "/")) or (start / source).is_dir()
+    root = config.domains.root
     return config.model_copy(
         update={
             "output_dir": absolute(config.output_dir),
             "cache_dir": absolute(config.cache_dir),
             "domains": config.domains.model_copy(
-                update={
-                    "root": config.domains.root if config.domains.root == DEMO_ROOT else absolute(config.domains.root)
-                }
+                update={"root": root if root == DEMO_ROOT or is_address(root) else absolute(root)}
             ),
             "backbone": config.backbone.model_copy(update={"source": absolute(source) if is_folder else source}),
             "server": config.server.model_copy(

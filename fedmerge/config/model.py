@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from fedmerge.config.section import ATTRIBUTE, ATTRIBUTES, DOMAIN_NAME, Section, twice
+from fedmerge.storage.addresses import address_problem, is_address
 
 DEMO_ROOT = "demo"  # value of domains.root that names the bundled synthetic domains
 
@@ -15,7 +16,10 @@ class Domains(Section):
     """Domains that take part."""
 
     root: str = Field(
-        DEMO_ROOT, min_length=1, description="Folder of domain folders; 'demo' for the bundled synthetic ones."
+        DEMO_ROOT,
+        min_length=1,
+        description="Folder of domain folders; 'demo' for the bundled synthetic ones; or the address of one on shared "
+        "storage, for example s3://bucket/shops, from which each client copies its domain to cache_dir.",
     )
     train: tuple[Annotated[str, Field(pattern=DOMAIN_NAME)], ...] = Field(
         ("beauty", "books", "camping", "coffee"), description="Domains that train an expert and are merged."
@@ -31,6 +35,8 @@ class Domains(Section):
 
     @model_validator(mode="after")
     def _distinct(self) -> "Domains":
+        if is_address(self.root) and (problem := address_problem(self.root)):
+            raise ValueError(f"root: {problem}")
         if names := twice(self.train + self.unseen):
             raise ValueError(f"train and unseen name {names} more than once; name each domain once")
         if not self.train:

@@ -31,6 +31,7 @@ from fedmerge.domain.demo_words import (
 from fedmerge.domain.folder import write_domain
 from fedmerge.domain.interactions import Interactions, make_interactions
 from fedmerge.errors import DomainError
+from fedmerge.storage.addresses import is_address
 
 DEMO_VERSION = 1
 DEMO_DOMAINS: tuple[str, ...] = tuple(VOCABULARIES)
@@ -188,8 +189,29 @@ def write_demo(
 
 
 def domains_root(root: str, cache_dir: str) -> Path:
-    """Return the folder of ``domains.root``; for "demo" that of the bundled domains, written on first use."""
+    """Return the folder of ``domains.root``; for "demo" that of the bundled domains, written on first use.
+
+    Raises:
+        DomainError: it is an address, where :func:`domain_folder` alone finds domains.
+    """
+    if is_address(root):
+        raise DomainError(
+            f"{root}: an address, expected a folder here. Copy the domains first: fedmerge pull {root}/NAME NAME"
+        )
     return bundled_demo(Path(cache_dir).expanduser()) if root == DEMO_ROOT else Path(root).expanduser()
+
+
+def domain_folder(root: str, name: str, cache_dir: str) -> Path:
+    """Return the folder of a domain below ``domains.root``; one at an address is copied to ``cache_dir`` first.
+
+    Raises:
+        StorageError: as :func:`fedmerge.storage.fetching.local_folder`.
+    """
+    if not is_address(root):
+        return domains_root(root, cache_dir) / name
+    from fedmerge.storage.fetching import local_folder  # noqa: PLC0415 - the server's process imports this module
+
+    return local_folder(f"{root.rstrip('/')}/{name}", cache_dir, "domains")
 
 
 def bundled_demo(cache_dir: Path) -> Path:

@@ -26,11 +26,13 @@ from pydantic import Field, ValidationError, model_validator
 
 from fedmerge.config import ExperimentConfig, Section, describe_problem
 from fedmerge.deploy.certificates import sha256_fingerprint
-from fedmerge.domain.manifest import read_manifest
-from fedmerge.errors import ConfigError, DeploymentError
+from fedmerge.domain.manifest import MANIFEST_FILE, read_manifest
+from fedmerge.errors import ConfigError, DeploymentError, DomainError
 from fedmerge.files import new_folder, write_text
 from fedmerge.privacy.client_policy import DEFAULT_POLICY_TOML
 from fedmerge.privacy.signatures import fingerprint, read_private_key
+from fedmerge.storage.addresses import is_address
+from fedmerge.storage.fetching import has_file, local_folder
 
 KEY, PUBLIC_KEY, CLIENT, POLICY, APPROVED = "key", "key.pub", "client.toml", "policy.toml", "approved.txt"
 DISCLOSED = "disclosed"
@@ -46,7 +48,8 @@ CLIENT_TOML = """\
 # Name by which the operator knows the client.
 name = "{name}"
 
-# Domain folder: catalog and interactions. The folder's name is the domain's name in experiments.
+# Domain folder: catalog and interactions. The folder's name is the domain's name in experiments. An address of shared
+# storage (s3://bucket/NAME) is copied to cache_dir/domains, and again when it has changed.
 domain = "{domain}"
 
 # Folder for experts and for checkpoints of unfinished trainings.
@@ -94,7 +97,7 @@ class _FederationFile(Section):
 
 @dataclass(frozen=True)
 class Client:
-    """Settings of an organisation's client; every path is absolute.
+    """Settings of an organisation's client; every path is absolute, also that of a domain copied from an address.
 
     Attributes:
         folder: the client folder.
@@ -149,13 +152,13 @@ class Bundle:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def init_client(folder: Path, name: str, domain: Path, threads: int = 1, backbone: str | None = None) -> str:
+def init_client(folder: Path, name: str, domain: str | Path, threads: int = 1, backbone: str | None = None) -> str:
     """Make a client folder with a new key pair.
 
     Args:
         folder: absent or empty.
         name: name by which the operator knows the client: lower-case letters, digits and hyphens.
-        domain: an imported domain folder.
+        domain: an imported domain folder, or the address of one.
         threads: number of PyTorch threads.
         backbone: folder or hub id of the text encoder; None for the default of experiments.
 
@@ -169,13 +172,17 @@ def init_client(folder: Path, name: str, domain: Path, threads: int = 1, backbon
     """
     if not re.fullmatch(NAME, name):
         raise ConfigError(f"--name {name!r}: expected lower-case letters, digits and hyphens, for example north-shop.")
-    read_manifest(domain)
+    if not is_address(str(domain)):
+        read_manifest(Path(domain))
+        domain = os.path.abspath(domain)
+    elif not has_file(str(domain), MANIFEST_FILE):
+        raise DomainError(f"{domain}: no {MANIFEST_FILE} there, expected a domain folder. Correct the address.")
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     text = CLIENT_TOML.format(
         name=name,
-        domain=_quoted(os.path.abspath(domain)),
+        domain=_quoted(str(domain)),
         threads=threads,
         backbone=_quoted(backbone or ExperimentConfig().backbone.source),
     )
@@ -194,6 +201,7 @@ def read_client(folder: Path) -> Client:
 
     Raises:
         ConfigError: the file is missing or invalid.
+        StorageError: its domain is at an address and cannot be copied.
     """
     folder = Path(os.path.abspath(folder))
     settings = _read(folder / CLIENT, _ClientFile, "Make a client folder with fedmerge client init.")
@@ -201,12 +209,14 @@ def read_client(folder: Path) -> Client:
     def place(path: str) -> Path:
         return folder / Path(path).expanduser()  # an absolute path stays as it is
 
+    cache_dir, domain = place(settings.cache_dir), settings.domain
+
     backbone = str(place(settings.backbone)) if place(settings.backbone).is_dir() else settings.backbone
     return Client(
         folder,
         settings.name,
-        place(settings.domain),
-        place(settings.cache_dir),
+        local_folder(domain, cache_dir, "domains") if is_address(domain) else place(domain),
+        cache_dir,
         place(settings.policy),
         settings.threads,
         backbone,

@@ -18,7 +18,7 @@ ROOMS = [path for path in FILES if path.parent.name != "fedmerge" or path.name !
 ROWS: tuple[tuple[str, ...], ...] = (
     ("errors", "__init__"),
     ("installation",),
-    ("adapter", "backbone_files", "config", "device", "escaping", "evaluation", "files", "seeding", "tensor_files"),
+    ("adapter", "backbone_files", "config", "device", "escaping", "evaluation", "files", "seeding", "storage", "tensor_files"),
     ("domain",),
     ("encoder",),
     ("merging", "sequence"),
@@ -36,6 +36,7 @@ PRIVATE = {
     "fedmerge.domain.folder",
     "fedmerge.client.local_domain",
     "fedmerge.client.evaluate",
+    "fedmerge.storage.fetching",
 }
 FRAMEWORKS = {"flwr", "ray"}
 USE_FLOWER = {"fedmerge.api.simulation"} | {

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmerge.cli.options import adapter_config, add_model, run_of
+from fedmerge.cli.options import adapter_config, add_domain, add_model, run_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,7 +20,7 @@ def add_commands(commands: "Commands") -> None:
     """Add the command to the parser."""
     evaluate = commands.add_parser("evaluate", help="evaluate an adapter, or the models of a run, on a domain")
     add_model(evaluate)
-    evaluate.add_argument("--domain", type=Path, required=True, metavar="DIR")
+    add_domain(evaluate, "a domain folder")
     evaluate.add_argument("--split", choices=("valid", "test"), default="valid")
     evaluate.add_argument("--max-users", type=int, default=None, help="users to evaluate (default: all)")
     evaluate.add_argument(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmerge.cli.options import adapter_config, add_model, run_of
+from fedmerge.cli.options import adapter_config, add_domain, add_model, run_of
 from fedmerge.encoder.export.formats import FORMATS
 
 if TYPE_CHECKING:
@@ -20,9 +20,7 @@ def add_commands(commands: "Commands") -> None:
     export = commands.add_parser("export", help="merge an adapter into its backbone, as a model that needs no fedmerge")
     add_model(export)
     export.add_argument("out", type=Path, metavar="OUT", help="folder to create")
-    export.add_argument(
-        "--domain", type=Path, metavar="DIR", help="with a run, the domain whose served model is exported"
-    )
+    add_domain(export, "with a run, the domain whose served model is exported", required=False)
     export.add_argument("--to", choices=FORMATS, default=FORMATS[0], help="format of the folder (default: %(default)s)")
     export.add_argument(
         "--int8", action="store_true", help="with onnx or openvino: weights of 8 bits, whose deviation is printed"

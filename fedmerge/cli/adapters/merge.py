@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmerge.cli.options import add_overrides, add_runs_folder
+from fedmerge.cli.options import add_overrides, add_runs_folder, fetched_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,7 @@ examples:
   fedmerge merge --method average --coefficients law=2,medicine=1 --out merged law/ medicine/
   fedmerge merge --method tsv --output-rank 32 --out merged law=runs/7/best medicine=runs/8/best
   fedmerge merge --method average --out merged law/ some-org/medicine-lora@main   an adapter of the hub
+  fedmerge merge --method average --out merged law/ medicine=s3://bucket/medicine  an adapter on shared storage
   fedmerge merge --of-merges --method average --out all north/ south/             the average of the adapters in merges
   fedmerge merge demo-2026 --method pcb                                           the experts of a run
   fedmerge merge demo-2026 --exclude books                                        its own merges, without one domain
@@ -390,12 +391,14 @@ def _flag(name: str) -> str:
 def _adapters(sources: list[str]) -> tuple[dict[str, Path], HubSources]:
     """Parse ``NAME=DIR`` or ``DIR``, named after its folder; return nothing if the only source must be a run.
 
-    A source ``ORG/REPO@REVISION`` that is no folder is fetched from the hub or its cache.
+    A source ``ORG/REPO@REVISION`` that is no folder is fetched from the hub or its cache, an address of shared storage
+    to the client's cache.
     """
     from fedmerge.config import DOMAIN_NAME
     from fedmerge.encoder.peft.hub import fetch_adapter, hub_adapter
     from fedmerge.errors import ConfigError, LayoutMismatchError
     from fedmerge.runs.reading import is_run
+    from fedmerge.storage.addresses import is_address, name_of
 
     folders: dict[str, Path] = {}
     hub: HubSources = {}
@@ -403,7 +406,9 @@ def _adapters(sources: list[str]) -> tuple[dict[str, Path], HubSources]:
         name, equals, path = source.partition("=")
         folder = Path(path) if equals and not Path(source).exists() else Path(source)
         name = name if folder != Path(source) else folder.resolve().name
-        if not folder.exists() and (found := hub_adapter(str(folder))):
+        if is_address(path if equals else source):
+            name, folder = name if equals else name_of(source), fetched_adapter(path if equals else source)
+        elif not folder.exists() and (found := hub_adapter(str(folder))):
             name = found.name if folder == Path(source) else name
             folder, commit = fetch_adapter(found)
             hub[name] = {"repository": found.repository, "revision": found.revision, "commit": commit}

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmerge.cli.options import adapter_config, add_model, run_of
+from fedmerge.cli.options import adapter_config, add_domain, add_model, run_of
 
 if TYPE_CHECKING:
     from fedmerge.cli.options import Commands
@@ -29,7 +29,7 @@ def add_commands(commands: "Commands") -> None:
     """Add the command to the parser."""
     recommend = commands.add_parser("recommend", help="recommend items of a catalog, for one history or for all users")
     add_model(recommend)
-    recommend.add_argument("--domain", type=Path, required=True, metavar="DIR", help="a domain folder")
+    add_domain(recommend, "a domain folder")
     whose = recommend.add_argument_group("whose history (one of these)").add_mutually_exclusive_group(required=True)
     whose.add_argument(
         "--history",

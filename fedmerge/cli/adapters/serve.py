@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmerge.cli.options import adapter_config, add_model, run_of
+from fedmerge.cli.options import adapter_config, add_domain, add_model, run_of
 
 if TYPE_CHECKING:
     from fedmerge.cli.options import Commands
@@ -18,7 +18,7 @@ def add_commands(commands: "Commands") -> None:
     """Add the command to the parser."""
     serve = commands.add_parser("serve", help="answer requests for recommendations over HTTP")
     add_model(serve)
-    serve.add_argument("--domain", type=Path, required=True, metavar="DIR", help="a domain folder")
+    add_domain(serve, "a domain folder")
     serve.add_argument("--host", default="127.0.0.1", help="address to bind (default: 127.0.0.1, this machine alone)")
     serve.add_argument("--port", type=int, default=8000, help="port to bind (default: 8000); 0 takes a free one")
     serve.add_argument(

@@ -24,7 +24,9 @@ def add_commands(commands: "Commands") -> None:
     init.add_argument(
         "--name", required=True, help="name by which the operator knows the client, for example north-shop"
     )
-    init.add_argument("--domain", type=Path, required=True, metavar="PATH", help="the domain folder")
+    init.add_argument(
+        "--domain", required=True, metavar="PATH", help="the domain folder, or its address on shared storage"
+    )
     init.add_argument("--threads", type=int, default=1, help="processor threads (default: 1)")
     init.add_argument("--backbone", default=None, help="folder or id of the text encoder (default: all-MiniLM-L6-v2)")
     init.set_defaults(command=_init)

@@ -26,6 +26,8 @@ KINDS: Mapping[str, str] = {
     "item-vectors": "vectors of catalogs under an adapter; encoded again when needed",
     "indexes": "approximate indexes of item vectors; built again when needed",
     "cohorts": "adapters received from others; sent again by the server",
+    "domains": "copies of domains at addresses of shared storage; fetched again when needed",
+    "adapters": "copies of adapters at addresses of shared storage; fetched again when needed",
     "serving": "items that were added or changed while serving; nowhere else",
     BUNDLE_FOLDER: "the bundled demo data; written again when needed",
 }

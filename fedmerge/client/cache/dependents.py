@@ -5,7 +5,7 @@ from pathlib import Path
 
 LEARNED = ("experts", "heads", "personal", "woven", "sasrec")  # from interactions
 RECORDS = ("released", "sums", "disclosed")  # of what has left
-REMADE = ("tokens", "item-vectors", "indexes", "cohorts")  # of catalogs and received adapters
+REMADE = ("tokens", "item-vectors", "indexes", "cohorts", "domains", "adapters")  # of catalogs, received and fetched
 
 
 def cached_of(domain: str, cache_dir: Path) -> dict[str, list[Path]]:

@@ -18,6 +18,7 @@ from fedmerge.config.model import Domains, Lora
 from fedmerge.config.privacy import DP, Privacy
 from fedmerge.config.running import Admission, Server, Simulation
 from fedmerge.config.training import Rounds
+from fedmerge.storage.addresses import is_address, without_secrets
 
 
 def run_problems(resume: bool, run_id: str | None, domains: Domains, server: Server) -> Iterator[str]:
@@ -29,6 +30,20 @@ def run_problems(resume: bool, run_id: str | None, domains: Domains, server: Ser
             f"server.min_train_clients = {server.min_train_clients}, but domains.train names only "
             f"{len(domains.train)}; lower it"
         )
+
+
+def address_problems(output_dir: str, cache_dir: str, server: Server) -> Iterator[str]:
+    """Yield addresses of shared storage where a folder of this machine is needed."""
+    copied = "runs are written on this machine and copied when they are finished: fedmerge push RUN ADDRESS"
+    told = {
+        "output_dir": (output_dir, copied),
+        "cache_dir": (cache_dir, "name a folder on each client's own disk"),
+        "server.catalogs": (server.catalogs, "copy the catalogs to a folder of the server first"),
+        "server.client_keys": (server.client_keys, "copy the keys to a folder of the server first"),
+    }
+    for key, (value, remedy) in told.items():
+        if value is not None and is_address(value):
+            yield f"{key} is an address ({without_secrets(value)}), expected a folder; {remedy}"
 
 
 def rounds_problems(rounds: Rounds, lora: Lora, domains: Domains) -> Iterator[str]:

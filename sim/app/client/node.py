@@ -17,7 +17,7 @@ from fedmerge.client.disclosed.users import draw_examples, read_secret
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.config import BackboneSection, ExperimentConfig, Simulation, Split, Text, from_flat
 from fedmerge.device import resolve_compute
-from fedmerge.domain.demo import domains_root
+from fedmerge.domain.demo import domain_folder
 from fedmerge.domain.manifest import read_manifest
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.backbone import Backbone, open_backbone
@@ -28,6 +28,8 @@ from fedmerge.privacy.client_policy import (
     check_run_is_allowed,
     read_client_policy,
 )
+from fedmerge.storage.addresses import name_of
+from fedmerge.storage.fetching import local_folder
 from sim.app.messages import records
 
 logger = logging.getLogger("fedmerge.client")
@@ -128,14 +130,15 @@ def find_place(context: Context) -> tuple[Path, records.Role] | None:
     domains = config.domains
     names = domains.train + domains.unseen
     if "domain-path" in context.node_config:
-        folder = Path(str(context.node_config["domain-path"])).expanduser()
-        if folder.name not in names:
+        own = str(context.node_config["domain-path"])
+        if name_of(own) not in names:
             return None
+        folder = local_folder(own, config.cache_dir, "domains")
     elif "partition-id" in context.node_config:
         turn = int(context.node_config["partition-id"])
         if turn >= len(names):
             return None
-        folder = domains_root(domains.root, config.cache_dir) / names[turn]
+        folder = domain_folder(domains.root, names[turn], config.cache_dir)
     else:
         raise ClientError("this node does not know its domain: start it with --node-config 'domain-path=\"/…/NAME\"'")
     return folder, "train" if folder.name in domains.train else "unseen"
