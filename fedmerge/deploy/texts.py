@@ -229,6 +229,24 @@ services:
 """
 
 
+def dockerfile() -> str:
+    """Return the image of the Helm chart: for the server, clients and simulations, with a user of number 1000."""
+    wheel = f"fedmerge-{__version__}-py3-none-any.whl"
+    return f"""\
+# Written by fedmerge deploy chart. Put {wheel} beside this file first. EXTRAS: storage and backbone,
+# as pip has them; PIP_FLAGS: more arguments for pip, for example the index of PyTorch's CPU wheels.
+FROM python:3.11-slim
+# KubeRay's probes need wget
+RUN apt-get update && apt-get install --yes --no-install-recommends nginx wget && rm -rf /var/lib/apt/lists/*
+RUN useradd --create-home --uid 1000 fedmerge
+COPY constraints.txt {wheel} /fedmerge/
+ARG PIP_FLAGS=""
+ARG EXTRAS="cluster,minilm,s3"
+RUN pip install --no-cache-dir $PIP_FLAGS --constraint /fedmerge/constraints.txt "/fedmerge/{wheel}[$EXTRAS]"
+USER fedmerge
+"""
+
+
 def bundle_readme(name: str, address: str, authority_sha256: str, key_sha256: str, app_sha256: str | None) -> str:
     """Return the instructions for an organisation, with the hashes that both sides compare."""
     return f"""\

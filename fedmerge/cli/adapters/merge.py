@@ -98,6 +98,9 @@ def add_commands(commands: "Commands") -> None:
         default="",
         help="parts of the adapters to leave out: dora, modules_to_save, bias, embeddings",
     )
+    merge.add_argument(
+        "--cache-dir", metavar="DIR", help="cache for adapters at addresses (default: ~/.cache/fedmerge)"
+    )
     add_runs_folder(merge)
 
     one = merge.add_argument_group("with --method")
@@ -152,7 +155,7 @@ def _merge(options: argparse.Namespace) -> int:
     from fedmerge.runs.reading import find_run
 
     _check_groups(options)
-    folders, hub = _adapters(options.sources)
+    folders, hub = _adapters(options.sources, options.cache_dir)
     run = None if folders else find_run(options.sources[0], options.dir)
     if run is None and options.out is None:
         raise ConfigError("merge: found no --out; expected a folder to create. Give --out DIR.")
@@ -388,7 +391,7 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _adapters(sources: list[str]) -> tuple[dict[str, Path], HubSources]:
+def _adapters(sources: list[str], cache_dir: str | None) -> tuple[dict[str, Path], HubSources]:
     """Parse ``NAME=DIR`` or ``DIR``, named after its folder; return nothing if the only source must be a run.
 
     A source ``ORG/REPO@REVISION`` that is no folder is fetched from the hub or its cache, an address of shared storage
@@ -407,7 +410,7 @@ def _adapters(sources: list[str]) -> tuple[dict[str, Path], HubSources]:
         folder = Path(path) if equals and not Path(source).exists() else Path(source)
         name = name if folder != Path(source) else folder.resolve().name
         if is_address(path if equals else source):
-            name, folder = name if equals else name_of(source), fetched_adapter(path if equals else source)
+            name, folder = name if equals else name_of(source), fetched_adapter(path if equals else source, cache_dir)
         elif not folder.exists() and (found := hub_adapter(str(folder))):
             name = found.name if folder == Path(source) else name
             folder, commit = fetch_adapter(found)

@@ -59,6 +59,10 @@ def add_commands(commands: "Commands") -> None:
     app.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, for example app.fab")
     app.set_defaults(command=_app)
 
+    chart = parts.add_parser("chart", help="write the Helm chart for Kubernetes: server, client, simulation on Ray")
+    chart.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
+    chart.set_defaults(command=_chart)
+
     status = _with_folder(parts, "status", "show health, clients, certificates and the last run")
     status.add_argument("--json", action="store_true", help="machine-readable output")
     status.set_defaults(command=_status)
@@ -129,6 +133,17 @@ def _bundle(options: argparse.Namespace) -> int:
 
     bundle = write_bundle(read_deployment(options.folder), options.client, submitted_sha256(root()))
     print(f"{bundle}: written again; send this folder to {options.client}, which approves the app that it names")
+    return 0
+
+
+def _chart(options: argparse.Namespace) -> int:
+    from fedmerge.deploy.kubernetes import write_chart
+
+    write_chart(options.out)
+    print(
+        f"{options.out}: the chart of this version; values.yaml says what to set. Next: build the image in "
+        f"{options.out / 'image'}, push it to your registry, and helm install NAME {options.out} --set …"
+    )
     return 0
 
 
