@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from bench_scaling import PHASES, run, sample
-from catalog_stages import Sizes, measure
+from catalog_stages import STAGES, Sizes, measure
 
 from fedmerge.client.local_domain import open_domain
 from fedmerge.config import Text
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps of a head")
     parser.add_argument("--sampled", type=int, default=None, help="head.sampled_items; default: the whole catalog")
     parser.add_argument("--draw", action="store_true", help="item vectors are drawn in place of encoded")
+    parser.add_argument("--only", nargs="+", choices=[*STAGES], default=[*STAGES], help="stages besides open")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the experiment")
     parser.add_argument("--opened", nargs=2, type=Path, help=argparse.SUPPRESS)  # of the process that opens a shop
     options = parser.parse_args()
@@ -74,7 +75,7 @@ def main() -> None:
         for num_items in options.num_items:
             if options.stages:
                 sizes = Sizes(options.users, options.steps, options.sampled, options.draw)
-                columns.append(_stages(folder, num_items, sizes))
+                columns.append(_stages(folder, num_items, sizes, options.only))
             else:
                 columns.append(_measure(folder, num_items, options.set, run_too=not options.open_only))
             print(columns[-1], flush=True)
@@ -98,11 +99,11 @@ def _measure(folder: Path, num_items: int, changes: list[str], *, run_too: bool)
     return column
 
 
-def _stages(folder: Path, num_items: int, sizes: Sizes) -> dict[str, float]:
+def _stages(folder: Path, num_items: int, sizes: Sizes, only: list[str]) -> dict[str, float]:
     domains, cache = folder / f"domains-{num_items}", folder / f"cache-{num_items}"
     seconds, size = _import(folder, domains, SHOPS[0], 0, num_items)
     imported = {"items": num_items, "import, s": seconds, "import, MB": size}
-    column = imported | measure(domains / SHOPS[0], folder / "backbone", cache, sizes)
+    column = imported | measure(domains / SHOPS[0], folder / "backbone", cache, sizes, only)
     shutil.rmtree(domains)
     shutil.rmtree(cache)
     return column

@@ -4,7 +4,7 @@ import multiprocessing
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -184,11 +184,11 @@ STAGES: dict[str, Callable[[Client], Callable[[], object]]] = {
 }
 
 
-def measure(shop: Path, backbone: Path, cache: Path, sizes: Sizes) -> dict[str, float]:
-    """Return seconds, CPU seconds and peak memory of every stage, each in a process that was forked for it."""
+def measure(shop: Path, backbone: Path, cache: Path, sizes: Sizes, only: Sequence[str]) -> dict[str, float]:
+    """Return seconds, CPU seconds and peak memory of stages, each in a process that was forked for it."""
     torch.set_num_threads(1)
-    found = {}
-    for stage in ("open", *STAGES):
+    found: dict[str, float] = {}
+    for stage in ("open", *only):
         with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as process:
             of_stage = process.submit(run_stage, stage, shop, backbone, cache, sizes).result()
         found |= {f"{stage}, {what}": value for what, value in of_stage.items()}
