@@ -5,11 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 # From a slash or ~/ at the start of a word to its last slash; addresses (https://…) do not match.
+_STORAGE = re.compile(r"\b(?:s3|gs|file|memory)://(?:[^\s'\",;:()\[\]/]*/)*")  # up to the last slash
 _PATH = re.compile(r"(?<![\w.:/~…])~?/(?:[^\s'\",;:()\[\]/]*/)*")
 
 
 def without_paths(text: str, own: Iterable[str] = ()) -> str:
-    """Cut every absolute path in a text down to its last part: ``…/interactions.parquet``.
+    """Cut every absolute path and address of storage in a text to its last part: ``…/interactions.parquet``.
 
     Args:
         text: an error message.
@@ -17,10 +18,12 @@ def without_paths(text: str, own: Iterable[str] = ()) -> str:
 
     >>> without_paths("domain books: /home/anna/shop/books/catalog.parquet is damaged")
     'domain books: …/catalog.parquet is damaged'
+    >>> without_paths("s3://anna-private/shops/books: nothing there")
+    '…/books: nothing there'
     """
     folders = {str(Path(path).expanduser()) for path in own if path} | {str(Path.home()), *own}
     folders |= {str(Path(folder).resolve()) for folder in folders if Path(folder).is_absolute()}
     for folder in sorted(folders, key=len, reverse=True):
         if folder.startswith(("/", "~")) and folder.strip("/~"):
             text = text.replace(f"{folder}/", "/").replace(folder, f"…/{Path(folder).name}")
-    return _PATH.sub("…/", text)
+    return _PATH.sub("…/", _STORAGE.sub("…/", text))

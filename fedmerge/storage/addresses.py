@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 NEEDS: Mapping[str, str] = {"s3": "s3", "gs": "gs", "file": "", "memory": ""}  # scheme -> extra of this package
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL | re.IGNORECASE)
+_URL = re.compile(r"\b\w+://[^\s'\"]+")
 _SECRETS = re.compile(r"(?<=://)[^/\s@]*@|\?\S*")  # user and password, a query with a signature
 
 
@@ -113,14 +114,15 @@ def reached(place: Place, what: str) -> Iterator[None]:
     """Turn whatever a file system raises into one error that names the address.
 
     Raises:
-        StorageError: with the reason, without secrets.
+        StorageError: with the reason, without secrets and other addresses.
     """
     try:
         yield
     except FedMergeError:
         raise
     except Exception as error:  # every storage has errors of its own
-        reason = " ".join(without_secrets(str(error)).split())[:300]
+        reason = _URL.sub("…", without_secrets(str(error))).replace(place.path, "…")  # a client's error may travel
+        reason = " ".join(reason.split())[:300]
         raise StorageError(
             f"{place.address}: cannot be {what} ({type(error).__name__}: {reason}). Check the address, the network, "
             "and the credentials in the environment of this process."

@@ -2,7 +2,7 @@
 
 At the address the folder lies as it is, so that its pages can be opened there, with two more files:
 
-files.json       name of the folder, and SHA-256 and size of each file; written when all of them are there
+files.json       name of the folder, and SHA-256, size and time of each file; written when all of them are there
 UNFINISHED       from the first byte of a push until after files.json; nothing is read from a folder that has it
 """
 
@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -45,6 +45,7 @@ class Copied:
 class _File:
     sha256: str
     size_bytes: int
+    modified_ns: int = field(compare=False)  # kept: it dates a run
 
 
 def push_folder(folder: Path, address: str, left_out: Collection[str] = ()) -> Copied:
@@ -80,7 +81,7 @@ def push_folder(folder: Path, address: str, left_out: Collection[str] = ()) -> C
         place.files.pipe_file(place.inside(MARK), json.dumps({"name": name}).encode())
         list(pool.map(lambda path: place.files.put_file(str(folder / path), place.inside(path)), missing))
         list(pool.map(lambda path: place.files.rm_file(place.inside(path)), [path for path in gone if path in theirs]))
-        files = {path: [file.sha256, file.size_bytes] for path, file in ours.items()}
+        files = {path: [file.sha256, file.size_bytes, file.modified_ns] for path, file in ours.items()}
         place.files.pipe_file(place.inside(LIST_FILE), json.dumps(seal({"name": name, "files": files})).encode())
         place.files.rm_file(place.inside(MARK))
     return Copied(len(ours), len(missing), sum(ours[path].size_bytes for path in missing))
@@ -113,6 +114,8 @@ def pull_folder(address: str, folder: Path) -> Copied:
             check_free(folder)
             _remove_others(partial, theirs)
             fetched = _fetch_all(place, partial, theirs)
+            for path, file in theirs.items():
+                os.utime(partial / path, ns=(file.modified_ns, file.modified_ns))
             (partial / ".lock").unlink()
             sync_tree(partial)
             os.rename(partial, folder)
@@ -210,7 +213,7 @@ def _known(place: Place, theirs: Mapping[str, Any], name: str | None) -> dict[st
     try:
         record = unseal(json.loads(data)) or {}
         found, files = record["name"], record["files"]
-        known = {str(path): _File(str(sha256), int(size)) for path, (sha256, size) in files.items()}
+        known = {str(path): _File(str(sha256), int(size), int(time)) for path, (sha256, size, time) in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(
             f"{place.address}/{LIST_FILE}: damaged, expected the list of a push. Delete it there and repeat the push."
@@ -254,7 +257,8 @@ def _paths(folder: Path) -> list[str]:
 
 def _facts(path: Path) -> _File:
     with path.open("rb") as file:
-        return _File(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size)
+        facts = os.fstat(file.fileno())
+        return _File(hashlib.file_digest(file, "sha256").hexdigest(), facts.st_size, facts.st_mtime_ns)
 
 
 def _sha256_at(place: Place, path: str) -> str:

@@ -139,7 +139,7 @@ def test_what_is_not_whole_is_refused(folder: Path, address: str, tmp_path: Path
         pull_folder(address, tmp_path / "back")
     assert not (tmp_path / "back").exists()
     listed, path = at(address, LIST_FILE)
-    listed.pipe_file(path, json.dumps(seal({"name": "first", "files": {"../../x": ["0" * 64, 1]}})).encode())
+    listed.pipe_file(path, json.dumps(seal({"name": "first", "files": {"../../x": ["0" * 64, 1, 1]}})).encode())
     with pytest.raises(StorageError, match="outside the folder"):
         pull_folder(address, tmp_path / "back")
     listed.rm_file(path)

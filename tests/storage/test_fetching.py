@@ -18,7 +18,8 @@ from fedmerge.domain.manifest import read_manifest
 from fedmerge.encoder.peft.folder import write_adapter
 from fedmerge.errors import ConfigError, DomainError, StorageError
 from fedmerge.organisation.folder import init_client, read_client
-from fedmerge.storage.addresses import open_place
+from fedmerge.privacy.paths import without_paths
+from fedmerge.storage.addresses import Place, open_place, reached
 from fedmerge.storage.copying import MARK, push_folder
 from fedmerge.storage.fetching import local_folder
 from sim.app.client.node import find_place
@@ -78,6 +79,17 @@ def test_clients_copy_their_own_domain_alone(shops: str, tmp_path: Path) -> None
         domains_root(shops, config.cache_dir)
     with pytest.raises(ConfigError, match="has no domain toys; correct the address or the names"):
         check_simulation(config.model_copy(update={"domains": config.domains.model_copy(update={"unseen": ("toys",)})}))
+
+
+def test_an_error_travels_without_the_address(tmp_path: Path) -> None:
+    address = f"file://{tmp_path}/anna-private/shops/books"
+    with pytest.raises(StorageError, match="anna-private") as refused:
+        local_folder(address, tmp_path / "cache", "domains")
+    assert without_paths(str(refused.value)).startswith("…/books: nothing there")
+    place = Place("s3://anna-private/shops/books", open_place(address).files, "anna-private/shops/books")
+    with pytest.raises(StorageError) as refused, reached(place, "read"):
+        raise OSError("cannot reach 'http://anna.example.org/anna-private?prefix=shops' for anna-private/shops/books")
+    assert "anna" not in without_paths(str(refused.value))
 
 
 def test_an_organisations_client_copies_its_domain_to_its_own_cache(shops: str, tmp_path: Path) -> None:
