@@ -5,7 +5,14 @@ upgrade of Flower breaks.
 """
 
 from flwr.common.constant import ErrorCode
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.supercore.run import RunNotRunningException
 from flwr.superlink.grid import InMemoryGrid
 
-__all__ = ["ErrorCode", "InMemoryGrid", "RunNotRunningException"]
+__all__ = [
+    "ErrorCode",
+    "InMemoryGrid",
+    "PullAppMessagesRequest",
+    "PullAppMessagesResponse",
+    "RunNotRunningException",
+]

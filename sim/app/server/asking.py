@@ -2,13 +2,14 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 
-import httpx
 from flwr.app import Message, RecordDict
 
-from sim.app.flower_internals import RunNotRunningException
 from sim.app.server.members import FEW_CLIENTS, join_names
+from sim.app.server.pulling import pull_replies
 from sim.app.server.questions import OPEN, Inquiry, Question, State
 from sim.app.server.replies import handle_late_reply, handle_reply, note_release
 from sim.app.server.run import Run
@@ -73,30 +74,32 @@ def ask(
         for inquiry in _in_state(inquiries, State.TO_ASK)[: max(0, free)]:
             _send(run, inquiry)
         # 3. Handle what has arrived, late answers to earlier questions included.
-        for inquiry, reply in _arrivals(run, inquiries):
-            last_reply = time.monotonic()
-            if inquiry.state is State.LATE:
-                handle_late_reply(run, inquiry, reply)
-                continue
-            handle_reply(run, inquiry, reply, on_reply)
-            if inquiry.state is State.LOST and matters(State.LOST):
-                patience = inquiry.expected_back - time.monotonic()
-                logger.info("%s: waiting for %s for up to %.0f s", question.message_type, inquiry.name, patience)
-            if inquiry.state is not State.ANSWERED:
-                continue
-            answered += 1
-            now = time.monotonic()
-            rest = _in_state(inquiries, State.WAITING) or _in_state(inquiries, State.TO_ASK)
-            if not question.quiet and (len(inquiries) <= FEW_CLIENTS or now - last_line > LINES_SECONDS or not rest):
-                last_line = now
-                logger.info(
-                    "%s: %d of %d answered (%s, %.0f s)",
-                    question.message_type,
-                    answered,
-                    len(inquiries),
-                    inquiry.name,
-                    now - started,
-                )
+        with closing(_arrivals(run, inquiries)) as arrivals:
+            for inquiry, reply in arrivals:
+                last_reply = time.monotonic()
+                if inquiry.state is State.LATE:
+                    handle_late_reply(run, inquiry, reply)
+                    continue
+                handle_reply(run, inquiry, reply, on_reply)
+                if inquiry.state is State.LOST and matters(State.LOST):
+                    patience = inquiry.expected_back - time.monotonic()
+                    logger.info("%s: waiting for %s for up to %.0f s", question.message_type, inquiry.name, patience)
+                if inquiry.state is not State.ANSWERED:
+                    continue
+                answered += 1
+                now = time.monotonic()
+                rest = _in_state(inquiries, State.WAITING) or _in_state(inquiries, State.TO_ASK)
+                few = len(inquiries) <= FEW_CLIENTS
+                if not question.quiet and (few or now - last_line > LINES_SECONDS or not rest):
+                    last_line = now
+                    logger.info(
+                        "%s: %d of %d answered (%s, %.0f s)",
+                        question.message_type,
+                        answered,
+                        len(inquiries),
+                        inquiry.name,
+                        now - started,
+                    )
         # 4. Exclude the clients whose time is over.
         _give_up_overdue(run, inquiries)
         # 5. Say who is waited for, and pause.
@@ -120,8 +123,7 @@ def pause(since: float, looking: float = 0.0) -> None:
     """Sleep between two looks for replies.
 
     For a twentieth of the time waited so far, so that an answer is found at most 5 % late; and for four times as long
-    as the last look took, so that looking for many answers, between machines with a request for each, is a fifth of the
-    work.
+    as the last look took, so that looking is at most a fifth of the work.
 
     Args:
         since: begin of the waiting, monotonic clock.
@@ -191,32 +193,19 @@ def _look_for_lost(run: Run, inquiries: list[Inquiry]) -> None:
 def _arrivals(run: Run, inquiries: list[Inquiry]) -> Iterator[tuple[Inquiry, Message | str]]:
     """Yield the replies that have arrived; for a reply that Flower fails to unpack, the reason in its place.
 
-    What a batch releases is noted for all of its replies before any of them is handled, since that may end the run.
+    What a reply releases is noted before it is yielded, and of the others when the iterator is closed early, since
+    handling one may end the run.
     """
     # Flower raises if it is asked for a message that it has forgotten.
     run.late = [inquiry for inquiry in run.late if inquiry.listen_until > time.monotonic()]
     by_id = {inquiry.message_id: inquiry for inquiry in [*_in_state(inquiries, State.WAITING), *run.late]}
-    for replies in pull_replies(run, list(by_id)):
-        known = [(by_id[message_id], reply) for message_id, reply in replies if message_id in by_id]
-        for inquiry, reply in known:
+    arrived = deque((by_id[found], unpack) for found, unpack in pull_replies(run, list(by_id)) if found in by_id)
+    try:
+        while arrived:
+            inquiry, unpack = arrived.popleft()
+            reply = unpack()
             note_release(inquiry, reply)
-        yield from known
-
-
-def pull_replies(run: Run, message_ids: list[str]) -> Iterator[list[tuple[str, Message | str]]]:
-    """Pull replies from Flower in batches of message id and reply; the reason in place of one that is malformed.
-
-    Between machines Flower unpacks what clients have packed, and one malformed reply would take all others of the same
-    call with it. There each reply is a batch of its own.
-    """
-    for batch in [message_ids] if run.simulated else [[message_id] for message_id in message_ids]:
-        try:
-            replies = list(run.grid.pull_messages(batch))
-        except (httpx.HTTPError, RunNotRunningException):  # a failure of Flower, not of the client
-            raise
-        except Exception as error:
-            if run.simulated:
-                raise
-            yield [(batch[0], f"{type(error).__name__}: {error}")]
-        else:
-            yield [(reply.metadata.reply_to_message_id, reply) for reply in replies]
+            yield inquiry, reply
+    finally:
+        for inquiry, unpack in arrived:
+            note_release(inquiry, unpack() if run.simulated else "the run ended before its reply was read")
