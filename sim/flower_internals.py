@@ -14,6 +14,7 @@ from flwr.common.serde import (
     recorddict_from_proto,
     recorddict_to_proto,
 )
+from flwr.proto.control_pb2 import RegisterNodeRequest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
 from flwr.proto.message_pb2 import Context as ProtoContext
 from flwr.proto.message_pb2 import Message as ProtoMessage
@@ -24,6 +25,8 @@ from flwr.server.superlink.fleet.vce.vce_api import _register_nodes as register_
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.server.superlink.linkstate.in_memory_linkstate import RunRecord
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.error import FlowerError
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
@@ -49,10 +52,12 @@ __all__ = [
     "SUPERLINK_NODE_ID",
     "AcquireTaskRequest",
     "ActivateNodeRequest",
+    "ControlHttpClient",
     "DeactivateNodeRequest",
     "ErrorCode",
     "Fab",
     "FleetHttpClient",
+    "FlowerError",
     "InMemoryGrid",
     "LinkStateFactory",
     "NoOpFederationManager",
@@ -62,6 +67,7 @@ __all__ = [
     "ProtoMessage",
     "ProtoRecordDict",
     "ProtobufClientInterceptor",
+    "RegisterNodeRequest",
     "Run",
     "RunRecord",
     "RuntimeHttpClient",

@@ -76,19 +76,43 @@ def main(folder: Path, address: str, secret: bytes) -> None:
     code = installed_code(Path(__file__).parents[1])  # now: an upgrade changes the files, not what is loaded
     log_to_stderr()
     logger.info("ready; answers with fedmerge %s from %s", fedmerge.__version__, Path(fedmerge.__file__).parent)
+    with connect(address, secret) as runtime, closing(Workers(prepare_for)) as workers:
+        while True:
+            answer_next(runtime, address, folder, code, workers)
+            workers.close_idle(IDLE_SECONDS)
+            time.sleep(POLL_SECONDS)
+
+
+def connect(address: str, secret: bytes) -> RuntimeHttpClient:
+    """Return a connection to a SuperNode that takes its tasks."""
     auth = SuperExecAuthHttpInterceptor(
         master_secret=secret, protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"})
     )
+    return _runtime(address, auth)
+
+
+def answer_next(
+    runtime: RuntimeHttpClient, address: str, folder: Path, code: Mapping[str, str], workers: Workers
+) -> bool:
+    """Answer the SuperNode's next message, if there is one.
+
+    Args:
+        runtime: connection of :func:`connect`.
+        address: of the SuperNode.
+        folder: the client folder.
+        code: the installed code as it was loaded (``fedmerge.organisation.app.installed_code``).
+        workers: for the processes that prepare answers.
+
+    Returns:
+        True if there was a message.
+    """
     # Take tasks of Flower's agents as well and refuse them, since no other process would answer them.
-    request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP, TaskType.AGENT_APP])
-    with _runtime(address, auth) as runtime, closing(Workers(prepare_for)) as workers:
-        while True:
-            found = runtime.AcquireTask(request)
-            if found.HasField("task") and found.token:
-                with _runtime(address, RuntimeTokenHttpInterceptor(found.token)) as of_task:
-                    _work(of_task, folder, code, found.task.type == TaskType.CLIENT_APP, workers)
-            workers.close_idle(IDLE_SECONDS)
-            time.sleep(POLL_SECONDS)
+    found = runtime.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP, TaskType.AGENT_APP]))
+    if not found.HasField("task") or not found.token:
+        return False
+    with _runtime(address, RuntimeTokenHttpInterceptor(found.token)) as of_task:
+        _work(of_task, folder, code, found.task.type == TaskType.CLIENT_APP, workers)
+    return True
 
 
 def _work(

@@ -1,6 +1,7 @@
 """The operator's server: run SuperLink and proxy together, register keys, report the state of clients.
 
-Flower is used through its own commands, `flower-superlink` and `flwr`.
+Flower is used through its own commands, `flower-superlink` and `flwr`. Keys are registered through Flower's client of
+the Control API: a command for each takes seconds, which adds up for a hundred.
 """
 
 import itertools
@@ -23,11 +24,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+
 from fedmerge.deploy.certificates import expires
 from fedmerge.deploy.clients import RegisteredClient, find_client, list_clients, note_nodes, remove_client
 from fedmerge.deploy.folder import Deployment
 from fedmerge.deploy.texts import LOG_FILE
 from fedmerge.errors import DeploymentError
+from sim.flower_internals import (
+    ControlHttpClient,
+    FlowerError,
+    RegisterNodeRequest,
+    RuntimeVersionHttpInterceptor,
+    make_simple_http_retry_invoker,
+    public_key_to_bytes,
+)
 from sim.local.launch import (
     COLOURS,
     GRACE_SECONDS,
@@ -171,20 +183,33 @@ def register_clients(deployment: Deployment, say_refusal: Callable[[str], None])
         say_refusal: receives a message for each key that Flower refuses; the others are still registered.
     """
     registered = set(_nodes(deployment))
-    nodes = {client.name: client.node for client in list_clients(deployment) if client.node in registered}
-    new = [client for client in list_clients(deployment) if client.name not in nodes]
-    for client in new:
-        answer = _flwr(deployment, "supernode", "register", str(client.key), deployment.name, "--name", client.name)
-        if not answer.get("success"):
-            say_refusal(
-                f"{client.name}: Flower refuses to register {client.key}: {flower_reason(answer).rstrip('.')}. A "
-                "withdrawn key cannot be registered again. Remove the client: "
-                f"fedmerge deploy remove-client {deployment.folder} {client.name}, and ask for the key.pub of a new "
-                "client folder (fedmerge client init)."
-            )
-            continue
-        nodes[client.name] = int(answer["node-id"])
-        note_nodes(deployment, {name: node for name, node in nodes.items() if node is not None})
+    clients = list_clients(deployment)
+    nodes = {client.name: client.node for client in clients if client.node in registered}
+    new = [client for client in clients if client.name not in nodes]
+    if not new:
+        return []
+    with ControlHttpClient.from_server_address(
+        f"127.0.0.1:{deployment.superlink_port}",
+        False,
+        deployment.authority.read_bytes(),
+        interceptors=[RuntimeVersionHttpInterceptor(component_name="fedmerge")],
+        retry_invoker=make_simple_http_retry_invoker(),
+    ) as control:
+        for client in new:
+            key = load_ssh_public_key(client.key.read_bytes())
+            request = RegisterNodeRequest(public_key=public_key_to_bytes(key), name=client.name)
+            try:
+                nodes[client.name] = control.RegisterNode(request).node_id
+            except httpx.HTTPStatusError as error:
+                reason = FlowerError.from_json(error.response.text) or error
+                say_refusal(
+                    f"{client.name}: Flower refuses to register {client.key}: {str(reason).rstrip('.')}. A withdrawn "
+                    "key cannot be registered again. Remove the client: "
+                    f"fedmerge deploy remove-client {deployment.folder} {client.name}, and ask for the key.pub of a "
+                    "new client folder (fedmerge client init)."
+                )
+                continue
+            note_nodes(deployment, {name: node for name, node in nodes.items() if node is not None})
     return [client.name for client in new if client.name in nodes]
 
 
