@@ -12,6 +12,7 @@ node is slow. Nodes that were killed come back after the waits of their supervis
 import argparse
 import gc
 import json
+import logging
 import os
 import signal
 import socket
@@ -29,6 +30,7 @@ from pathlib import Path
 import flwr.supernode.main  # noqa: F401  # here, so that no forked SuperNode has to
 import httpx
 from bench_scaling import PHASES, REPOSITORY, SETTINGS, sample
+from flwr.supercore.run import RunNotRunningException
 from flwr.supernode.cli.flower_supernode import flower_supernode
 
 sys.path.insert(0, str(REPOSITORY / "tests" / "support"))
@@ -68,6 +70,8 @@ if b"flwr-serverapp" in Path("/proc/self/cmdline").read_bytes() and "{NUM_REQUES
         return answer
     ProtobufClient._unary_unary = _unary_unary
 '''
+
+logger = logging.getLogger("fedmerge.client")
 
 
 @dataclass
@@ -162,14 +166,17 @@ def _prepare(folder: Path, num_nodes: int) -> tuple[str, ...]:
     domains = write_demo(folder / "domains", num_domains=num_nodes, num_users=60, num_items=40)
     write_demo_backbone(folder / "backbone")
     app = submitted_sha256(REPOSITORY)
-    deployment = create_deployment(folder / "deployment", "prod", ["127.0.0.1"], free_port(), free_port())
+    ports: set[int] = set()
+    while len(ports) < num_nodes + 2:
+        ports.add(free_port())
+    deployment = create_deployment(folder / "deployment", "prod", ["127.0.0.1"], ports.pop(), ports.pop())
     for domain in domains:
         client = folder / "nodes" / domain
         init_client(client, domain, folder / "domains" / domain, backbone=str(folder / "backbone"))
         allow_exact_sums(client)
         approve_app(client, app, "of the benchmark")
         add_client(deployment, domain, client / "key.pub", app, domain)
-        (client / "port").write_text(str(free_port()))
+        (client / "port").write_text(str(ports.pop()))
         (client / "secret").write_bytes(os.urandom(32))
     config = deployment.folder / "nginx.conf"
     log = f"log_format all_of_it '$msec $status $request_time $uri'; access_log {folder}/fleet.log all_of_it;"
@@ -255,8 +262,11 @@ def keep_answering(folder: Path, slow_seconds: float) -> None:
                 continue
             looked[number] = time.monotonic()
             host, port = addresses[number]
-            with suppress(OSError, httpx.HTTPError), socket.create_connection((host, port), 1.0):
+            try:
+                socket.create_connection((host, port), 1.0).close()
                 executor.answer_next(connections[number], f"{host}:{port}", client, code, workers)
+            except (OSError, httpx.HTTPError, RunNotRunningException) as error:  # a node that is away, or an ended run
+                logger.info("%s: %s", client.name, error)
         time.sleep(0.1)
 
 

@@ -1,4 +1,4 @@
-"""All nodes of a deployment at once, and a third of them killed during training: the storm's benchmark, at four nodes."""
+"""All nodes of a deployment at once, a third of them killed during training: the benchmark of the storm, small."""
 
 import re
 import subprocess

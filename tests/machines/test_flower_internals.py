@@ -73,6 +73,11 @@ def from_flower(name: str) -> Any:
         ("SuperExecAuthHttpInterceptor", "", ("master_secret", "protected_methods")),
         ("FleetHttpClient", "from_server_address", ("server_address", "insecure", "root_certificates", "interceptors")),
         (
+            "ControlHttpClient",
+            "from_server_address",
+            ("server_address", "insecure", "root_certificates", "interceptors", "retry_invoker"),
+        ),
+        (
             "RuntimeHttpClient",
             "from_server_address",
             ("server_address", "insecure", "root_certificates", "interceptors", "retry_invoker"),
@@ -101,6 +106,8 @@ def test_the_signatures_are_those_relied_on(name: str, method: str, arguments: t
         ("ErrorCode", ("CLIENT_APP_CRASHED",)),
         ("RuntimeHttpClient", ("AcquireTask", "SendTaskHeartbeat")),
         ("FleetHttpClient", ("ActivateNode", "DeactivateNode")),
+        ("ControlHttpClient", ("RegisterNode",)),
+        ("FlowerError", ("from_json",)),
     ],
 )
 def test_the_members_are_those_relied_on(name: str, values: tuple[str, ...]) -> None:
