@@ -117,7 +117,7 @@ def missing_target_modules(folder: Path, target_modules: Sequence[str]) -> list[
         return []
     matrices = [name for path in sorted(folder.glob("*.safetensors")) for name in _matrices(path)]
     layers = [f".{name.removesuffix('.weight')}" for name in matrices if "embed" not in name]
-    model_type = _model_type(folder) if {*GROUPS} & {*target_modules} else None
+    model_type = model_type_of(folder) if {*GROUPS} & {*target_modules} else None
     return [target for target, found in target_layers(layers, target_modules, model_type).items() if not found]
 
 
@@ -134,7 +134,12 @@ def _ends(name: str, ends: Sequence[str]) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
-def _model_type(folder: Path) -> str | None:
+def model_type_of(folder: Path) -> str:
+    """Return ``model_type`` in the model's ``config.json``.
+
+    Raises:
+        BackboneError: the file cannot be read, or states none.
+    """
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fedmerge.errors import ClientError
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], what: str) -> None:
@@ -62,6 +64,31 @@ def read_facts(path: Path) -> dict[str, Any] | None:
     except (OSError, SafetensorError, ValueError, LookupError):
         return None
     return facts if isinstance(facts, dict) else None
+
+
+def state_tensors(
+    parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """Copy the parameters and their optimiser moments to the CPU; one that had no gradient yet has no moments."""
+    found = {}
+    for number, parameter in enumerate(parameters):
+        found[f"parameter.{number}"] = parameter.detach().cpu().clone()
+        for moment in _MOMENTS if parameter in optimizer.state else ():
+            found[f"{moment}.{number}"] = optimizer.state[parameter][moment].detach().cpu().clone()
+    return found
+
+
+def restore(
+    tensors: Mapping[str, torch.Tensor], parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Load the tensors of :func:`state_tensors` into the parameters and the optimiser, in place."""
+    state = optimizer.state_dict()
+    for number, parameter in enumerate(parameters):
+        with torch.no_grad():
+            parameter.copy_(tensors[f"parameter.{number}"])
+        if f"step.{number}" in tensors:
+            state["state"][number] = {moment: tensors[f"{moment}.{number}"].clone() for moment in _MOMENTS}
+    optimizer.load_state_dict(state)
 
 
 def _digest(text: str, tensors: Mapping[str, torch.Tensor]) -> str:

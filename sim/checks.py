@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from fedmerge.backbone_files import find_backbone, missing_target_modules
+from fedmerge.backbone_files import find_backbone, missing_target_modules, model_type_of
 from fedmerge.config import DEMO_ROOT, ExperimentConfig, Simulation
 from fedmerge.domain.demo import BUNDLED_DOMAINS
 from fedmerge.domain.folder import list_domains
@@ -17,7 +17,7 @@ from fedmerge.domain.manifest import (
     check_may_attack,
     read_manifest,
 )
-from fedmerge.encoder.families import conventions_of
+from fedmerge.encoder.families import check_decoder, conventions_of
 from fedmerge.errors import BackboneError, ConfigError, FedMergeError
 from fedmerge.storage.addresses import is_address
 from fedmerge.storage.fetching import has_file
@@ -122,6 +122,8 @@ def _backbone_problems(config: ExperimentConfig) -> Iterator[str]:
     try:
         conventions_of(config.backbone, folder)
         missing = missing_target_modules(folder, targets)
+        if asked := config.asks_for_decoder:
+            check_decoder(model_type_of(folder), name, asked)
     except FedMergeError as error:
         yield str(error)
         return
@@ -203,7 +205,11 @@ def _domain_problems(config: ExperimentConfig, manifest: Manifest) -> Iterator[s
 def _clients_send_catalogs(config: ExperimentConfig) -> bool:
     if not config.privacy.sends_catalogs or config.server.catalogs is not None:
         return False
-    return bool(config.admission.probe_items or (config.methods_from_catalogs and config.until != "train"))
+    return bool(
+        config.admission.probe_items
+        or config.refines_merges
+        or (config.methods_from_catalogs and config.until != "train")
+    )
 
 
 def _problems_of(check: Callable[[], None]) -> Iterator[str]:

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from fedmerge.config.contradictions.heads import head_problems
+from fedmerge.config.contradictions.language_models import language_model_problems, stages_asked
 from fedmerge.config.contradictions.personal import personal_problems
 from fedmerge.config.contradictions.privacy import (
     aggregate_only_problems,
@@ -43,7 +44,7 @@ from fedmerge.config.personal import Personal
 from fedmerge.config.privacy import DP, Privacy
 from fedmerge.config.running import Admission, Evaluation, Runtime, Server, Simulation, Tracking
 from fedmerge.config.section import Section
-from fedmerge.config.training import Rounds, Train, Weave
+from fedmerge.config.training import CSFT, Mntp, Rounds, Simcse, Train, Weave
 
 
 class ExperimentConfig(Section):
@@ -82,6 +83,8 @@ class ExperimentConfig(Section):
     mergerec: MergeRec = MergeRec()
     adamerging: AdaMerging = AdaMerging()
     rmm: Rmm = Rmm()
+    mntp: Mntp = Mntp()
+    simcse: Simcse = Simcse()
     through_clients: ThroughClients = ThroughClients()
     head: Head = Head()
     personal: Personal = Personal()
@@ -104,6 +107,16 @@ class ExperimentConfig(Section):
             methods = (self.rounds.rule,)
         searched = SEARCHED_METHODS if self.rmm.reward == "pseudo-users" else frozenset()
         return tuple(method for method in methods if method in LEARNED_METHODS | searched)
+
+    @property
+    def refines_merges(self) -> bool:
+        """True if the server trains its merges on titles of the catalogs."""
+        return self.until == "report" and bool(stages_asked(self.mntp, self.simcse))
+
+    @property
+    def asks_for_decoder(self) -> str:
+        """The settings that need a decoder, for messages; empty if none does."""
+        return CSFT if self.train.objective == "csft" else stages_asked(self.mntp, self.simcse)
 
     @property
     def shares_similarity(self) -> bool:
@@ -146,6 +159,7 @@ class ExperimentConfig(Section):
             *personal_problems(self.personal, self.privacy, self.dp, self.rounds, len(self.domains.train)),
             *rmm_problems(self.rmm, self.merge, self.rounds, self.privacy, self.dp, self.server),
             *weave_problems(self.weave, self.privacy, self.dp, self.rounds, self.server, len(self.domains.train)),
+            *language_model_problems(self.train, self.mntp, self.simcse, self.backbone, self.privacy, self.server),
             *simulation_problems(self.simulation, self.domains, self.dp),
             *dp_problems(
                 self.dp,

@@ -29,6 +29,8 @@ WeaveSchedule = Literal["all", "sampled", "ring", "relay", "mean", "similarity"]
 OBJECTIVES = ("sp", "mip", "map", "coserec", "attribute-dropout")
 USERS_OBJECTIVES = frozenset(OBJECTIVES) - {"attribute-dropout"}  # their negatives are other users of the step
 AUGMENTATIONS = ("crop", "mask", "reorder", "insert", "substitute")
+CSFT = "train.objective = 'csft'"
+CSFT_STYLE = "csft, LLM2Rec-style (arXiv:2506.21579)"
 DEFAULT_VIEWS = ("crop=0.6", "mask=0.7", "reorder=0.2", "insert=0.4", "substitute=0.1")
 
 
@@ -98,7 +100,11 @@ class Train(Section):
     item_refresh_steps: int = Field(
         10, ge=1, description="Steps between two encodings of the items by the current model, for catalog negatives."
     )
-
+    objective: Literal["infonce", "csft"] = Field(
+        "infonce",
+        description="Usual loss. infonce: the target among negatives, by vectors; csft: the next item's title, token "
+        "by token, for decoders ([language-models.md](reference/training/language-models.md)).",
+    )
     objectives: tuple[str, ...] = Field(
         (),
         description="Auxiliary losses with their weights, such as 'sp=0.1,coserec=0.1', explained in "
@@ -133,9 +139,10 @@ class Train(Section):
         return named_numbers("augment", self.augment, AUGMENTATIONS, 1)
 
     def auxiliary_record(self) -> dict[str, Any]:
-        """Return what is on of auxiliary losses and augmentations, for caches and provenance; empty if nothing is."""
+        """Return what is on beside InfoNCE on whole histories, for caches and provenance; empty if nothing is."""
         weights, rates = self.objective_weights, self.augment_rates
         return {
+            **({"objective": CSFT_STYLE} if self.objective == "csft" else {}),
             **({"objectives": {f"{name}-style": weight for name, weight in weights.items()}} if weights else {}),
             **({"views": self.view_rates} if "coserec" in weights else {}),
             **({"augment": rates, "augment_share": self.augment_share} if rates else {}),
@@ -143,7 +150,7 @@ class Train(Section):
 
     def cache_inputs(self) -> dict[str, Any]:
         """Return the settings for the key of a cache; what is off, if only by a weight of 0, is left out."""
-        off = {"objectives", "views", "augment", "augment_share"}
+        off = {"objective", "objectives", "views", "augment", "augment_share"}
         off |= set() if self.tokens_at_once else {"tokens_at_once"}
         return self.model_dump(exclude=off) | self.auxiliary_record()
 
@@ -152,6 +159,15 @@ class Train(Section):
         if "coserec" in self.objective_weights and not self.view_rates:
             raise ValueError("objectives has coserec, but views names no augmentation; name one, such as 'insert=0.4'")
         _ = self.augment_rates, self.view_rates
+        return self
+
+    @model_validator(mode="after")
+    def _no_negatives(self) -> "Train":
+        if self.objective == "csft" and self.negatives != "in-batch":
+            raise ValueError(
+                f"objective = 'csft' predicts tokens and has no negatives, but negatives = '{self.negatives}'; leave "
+                "negatives out, or set objective = 'infonce'"
+            )
         return self
 
     @model_validator(mode="after")
@@ -235,3 +251,34 @@ class Weave(Section):
             "sampled": min(self.sources, others),
             "ring": min(self.sources, others),
         }.get(self.schedule, others)
+
+
+class Mntp(Section):
+    """The server's first stage on its merges ([language-models.md](reference/training/language-models.md))."""
+
+    steps: int = Field(
+        0, ge=0, description="Optimiser steps of masked next-token prediction on titles of public catalogs; 0: none."
+    )
+    batch_size: int = Field(32, ge=1, le=4096, description="Titles a step.")
+    learning_rate: float = Field(5e-5, gt=0, le=1, description="AdamW learning rate; it falls linearly to zero.")
+    share: float = Field(
+        0.2,
+        gt=0,
+        le=1,
+        description="Share of a title's tokens that are predicted: 80 % masked, 10 % random, 10 % kept.",
+    )
+
+
+class Simcse(Section):
+    """The server's second stage on its merges, from titles, after [mntp]."""
+
+    steps: int = Field(
+        0, ge=0, description="Optimiser steps that contrast two passes of a title under attention dropout; 0: none."
+    )
+    batch_size: int = Field(256, ge=2, le=4096, description="Titles a step; they are each other's negatives.")
+    learning_rate: float = Field(
+        2e-4, gt=0, le=1, description="AdamW learning rate after warm-up; it falls linearly to zero."
+    )
+    warmup_steps: int = Field(300, ge=0, description="Steps over which the learning rate rises from zero.")
+    dropout: float = Field(0.2, gt=0, lt=1, description="Dropout of the attention's weights.")
+    temperature: float = Field(0.1, gt=0, le=1, description="Divisor of the cosines.")

@@ -1,5 +1,9 @@
 """The direction of a model's attention: switched, and never trusted but tested."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import numpy as np
 import torch
 from transformers import PreTrainedModel
@@ -30,6 +34,44 @@ def attend_both_ways(model: PreTrainedModel) -> bool:
 def attends_globally(model: PreTrainedModel) -> bool:
     """Return whether a model attends within windows, so that its first token needs global attention to see a text."""
     return bool(model.config.model_type == "longformer")
+
+
+@contextmanager
+def causal(model: PreTrainedModel, *, switched: bool) -> Iterator[None]:
+    """Within the block hide later tokens from earlier ones, also in a model that :func:`attend_both_ways` switched.
+
+    Args:
+        model: a decoder.
+        switched: whether its attention is switched.
+    """
+    modules = [module for module in model.modules() if getattr(module, "is_causal", None) is False]
+    parts: list[Any] = [model.config, *modules] if switched else []
+    try:
+        for part in parts:
+            part.is_causal = True
+        yield
+    finally:
+        for part in parts:
+            part.is_causal = False
+
+
+def dropping_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Return the layers whose attention has a dropout that can be set."""
+    return [module for module in model.modules() if isinstance(getattr(module, "attention_dropout", None), int | float)]
+
+
+@contextmanager
+def attention_dropout(model: PreTrainedModel, rate: float) -> Iterator[None]:
+    """Within the block drop this share of the attention's weights; nothing else of the model is in training mode."""
+    layers: list[Any] = dropping_layers(model)
+    before = [(layer.attention_dropout, layer.training) for layer in layers]
+    try:
+        for layer in layers:
+            layer.attention_dropout, layer.training = rate, True
+        yield
+    finally:
+        for layer, (own, training) in zip(layers, before, strict=True):
+            layer.attention_dropout, layer.training = own, training
 
 
 @torch.no_grad()

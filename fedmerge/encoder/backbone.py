@@ -49,6 +49,7 @@ class Backbone:
         compute: device and precision.
         conventions: prompts and others, as far as they are not in the fields above; without ``pooling``.
         is_switched: True if the direction of the attention is not the model's own.
+        folder: its files.
     """
 
     model: PreTrainedModel
@@ -60,6 +61,7 @@ class Backbone:
     compute: Compute
     conventions: Conventions = PLAIN
     is_switched: bool = False
+    folder: Path = Path()
 
     @property
     def record(self) -> dict[str, str | None]:
@@ -138,7 +140,16 @@ def open_backbone(section: BackboneSection, compute: Compute) -> Backbone:
     identity = hashlib.sha256("\n".join(lines).encode())
     logger.info("backbone %s (%s)%s", name, compute.reason, f", {json.dumps(changes)}" if changes else "")
     return Backbone(
-        model, tokenizer, special, conventions.pooling, name, identity.hexdigest(), compute, conventions, switched
+        model,
+        tokenizer,
+        special,
+        conventions.pooling,
+        name,
+        identity.hexdigest(),
+        compute,
+        conventions,
+        switched,
+        folder,
     )
 
 

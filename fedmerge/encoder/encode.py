@@ -32,7 +32,7 @@ def embed_batch(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor
     Returns:
         float32 (n, d), L2-normalised rows; d is ``backbone.dimension`` if that is set.
     """
-    hidden, mask = _hidden_states(backbone, sequences)
+    hidden, mask = hidden_states(backbone, sequences)
     if backbone.pooling == "mean-text":
         mask = _text_mask(backbone, sequences, mask)
     return vectors_of(hidden, mask, backbone.pooling, backbone.width)
@@ -43,7 +43,7 @@ def embed_in_groups(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Te
 
     On a CPU they save padding. Within :func:`tokens_at_once` they limit memory, on every device.
     """
-    return _in_groups(backbone, sequences, lambda group: embed_batch(backbone, [sequences[i] for i in group]))
+    return in_groups(backbone, sequences, lambda group: embed_batch(backbone, [sequences[i] for i in group]))
 
 
 def token_states_in_groups(backbone: Backbone, sequences: Sequence[Tokens], positions: Sequence[int]) -> torch.Tensor:
@@ -56,14 +56,14 @@ def token_states_in_groups(backbone: Backbone, sequences: Sequence[Tokens], posi
     """
 
     def states(group: Sequence[int]) -> torch.Tensor:
-        hidden, _ = _hidden_states(backbone, [sequences[i] for i in group])
+        hidden, _ = hidden_states(backbone, [sequences[i] for i in group])
         rows = torch.arange(len(group), device=hidden.device)
         return hidden[rows, torch.tensor([positions[i] for i in group], device=hidden.device)][:, : backbone.width]
 
-    return _in_groups(backbone, sequences, states)
+    return in_groups(backbone, sequences, states)
 
 
-def _hidden_states(backbone: Backbone, sequences: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor]:
+def hidden_states(backbone: Backbone, sequences: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the token vectors of a batch, float32 (n, longest, d), and which of them are none of padding."""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     columns = sequences[0].shape[1:]
@@ -117,10 +117,10 @@ def _text_mask(backbone: Backbone, sequences: Sequence[Tokens], mask: torch.Tens
     return kept
 
 
-def _in_groups(
+def in_groups(
     backbone: Backbone, sequences: Sequence[Tokens], vectors_of: Callable[[Sequence[int]], torch.Tensor]
 ) -> torch.Tensor:
-    """Return the vectors (n, d) of all sequences; ``vectors_of`` makes those of a group of them."""
+    """Return the vectors (n, d), or the numbers (n,), of all sequences; ``vectors_of`` makes those of a group."""
     again = _tokens_at_once.get() is not None
     if backbone.device.type != "cpu" and not again:
         return vectors_of(range(len(sequences)))

@@ -117,6 +117,24 @@ def conventions_of(section: BackboneSection, folder: Path) -> Conventions:
     return replace(resolved, history_prompt=of_history, item_prompt=of_item)
 
 
+def check_decoder(model_type: str, name: str, asked: str) -> None:
+    """Refuse a model that does not predict tokens.
+
+    Args:
+        model_type: ``model_type`` in its ``config.json``.
+        name: of the backbone.
+        asked: the setting that needs a decoder.
+
+    Raises:
+        BackboneError: names the kind of model.
+    """
+    if model_type not in DECODERS:
+        raise BackboneError(
+            f"backbone {name}: {asked} predicts tokens, which needs a decoder (one of {', '.join(DECODERS)}), but this "
+            f"is a model of type {model_type}. Encoders are trained with train.objective = 'infonce'."
+        )
+
+
 def identity_of(
     conventions: Conventions, *, appends_eos: bool, switched: bool, attends_globally: bool = False
 ) -> dict[str, Any]:

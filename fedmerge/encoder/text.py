@@ -140,7 +140,7 @@ def leading_blank(tokenizer: PreTrainedTokenizerBase) -> str:
     WordPiece ignores a blank, byte-level BPE needs it, and SentencePiece with a dummy prefix (Llama 2, Mistral) would
     have two.
     """
-    first, second, both, blank = _tokenise(tokenizer, ["b", "a", "b a", " a"])
+    first, second, both, blank = tokenise(tokenizer, ["b", "a", "b a", " a"])
     within = both[len(first) :] if both[: len(first)] == first else blank
     return "" if blank != within == second else " "
 
@@ -150,8 +150,8 @@ def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tokens:
     prompt = prompt.rstrip(" ")
     if not prompt:
         return _none()
-    whole = _tokenise(tokenizer, [f"{prompt} a"])[0]
-    text = _tokenise(tokenizer, [f"{leading_blank(tokenizer)}a"])[0]
+    whole = tokenise(tokenizer, [f"{prompt} a"])[0]
+    text = tokenise(tokenizer, [f"{leading_blank(tokenizer)}a"])[0]
     if whole[len(whole) - len(text) :] != text:
         raise BackboneError(
             f"tokenizer {type(tokenizer).__name__}: the end of the prompt {prompt!r} becomes one token with the text "
@@ -183,7 +183,7 @@ def build_token_table(
     joined = attributes is None
     blank = leading_blank(tokenizer) if joined else ""  # the joined text contains it
     read = dict(list(catalog.attributes.items())[:attributes])
-    keys = {name: _tokenise(tokenizer, [f"{blank}{name}{':' * joined}"])[0] for name in read}
+    keys = {name: tokenise(tokenizer, [f"{blank}{name}{':' * joined}"])[0] for name in read}
     parts, lengths = [np.zeros(0, dtype=np.int32)], np.zeros(len(catalog), dtype=np.int64)
     types = list(parts)
     for start in range(0, len(catalog), CHUNK):
@@ -191,7 +191,7 @@ def build_token_table(
         kinds: list[list[list[int]]] = []  # the types of these tokens
         for attribute, texts in read.items():
             some = texts[start : start + CHUNK]
-            values = _tokenise(tokenizer, [f"{blank}{value}" if value else "" for value in some])
+            values = tokenise(tokenizer, [f"{blank}{value}" if value else "" for value in some])
             limit, key = catalog.limits.get(attribute, max_attribute_tokens), keys[attribute]
             if joined:
                 pieces.append([key + value[:limit] if value else [] for value in values])
@@ -233,7 +233,9 @@ def item_text(
     of_tokens = limits or {}
     present = [(name, attributes[name]) for name in names if attributes.get(name)]
     if tokenizer is not None:
-        present = [(name, _cut(value, tokenizer, of_tokens.get(name, max_attribute_tokens))) for name, value in present]
+        present = [
+            (name, cut_text(value, tokenizer, of_tokens.get(name, max_attribute_tokens))) for name, value in present
+        ]
     return " ".join(f"{name}: {value}" for name, value in present)
 
 
@@ -363,7 +365,8 @@ def _check_empty_items(domain: str, empty: list[int], num_items: int, tokenizer:
         )
 
 
-def _cut(value: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
+def cut_text(value: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
+    """Return the beginning of the value of an attribute that its first tokens cover."""
     text = f"{leading_blank(tokenizer)}{value}"
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     return value if len(spans) <= max_tokens else text[: spans[max_tokens - 1][1]].removeprefix(" ")
@@ -371,12 +374,13 @@ def _cut(value: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str
 
 def _separator(tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """Return the tokens of ``";"`` behind a text: SentencePiece would put a blank before one that stands alone."""
-    text, both, alone = _tokenise(tokenizer, ["a", "a;", ";"])
+    text, both, alone = tokenise(tokenizer, ["a", "a;", ";"])
     within = both[len(text) :]
     return _tokens(within if within and both[: len(text)] == text else alone)
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Return the tokens of texts, without special tokens."""
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 

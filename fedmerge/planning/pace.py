@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
+from fedmerge.client.csft import next_titles
 from fedmerge.client.heads.heads import head_settings, why_no_head
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.batches import training_batches
-from fedmerge.client.training.loop import Budget, Recipe, Schedule, fit
+from fedmerge.client.training.loop import Attached, Budget, Recipe, Schedule, Step, fit
 from fedmerge.client.training.plain_sgd import batch_steps
 from fedmerge.config import ExperimentConfig
 from fedmerge.domain.splits import evaluation_examples
@@ -77,7 +78,12 @@ def _train(domain: LocalDomain, config: ExperimentConfig, steps: int) -> float:
     drawn = training_batches(domain.training_sequences, settings, config.seed, name)
     batches = ((domain, batch, epochs) for batch, epochs in drawn)
     schedule = Schedule(settings.learning_rate, settings.warmup_steps, Budget(max_steps=steps))
-    recipe = Recipe(name, lambda attached, first: batch_steps(batches, settings, attached, first), schedule)
+    titles = next_titles(settings, domain)
+
+    def init(attached: Attached, first: int) -> Step:
+        return batch_steps(batches, settings, attached, first, titles=titles)
+
+    recipe = Recipe(name, init, schedule)
     return _seconds(domain, lambda: fit(recipe, domain.backbone, config.lora, config.seed))
 
 

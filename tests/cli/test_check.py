@@ -16,6 +16,10 @@ LOCAL: dict[str, tuple[dict[str, str], Parts]] = {
     "a missing data root": ({"domains.root": "gone"}, ["domains.root: ", "gone"]),
     "a missing domain": ({"domains.train": "beauty,shoes"}, ["has no domain shoes", "beauty, books"]),
     "an unknown layer": ({"lora.target_modules": "query,magic"}, ["lora.target_modules: bert ", "magic"]),
+    "an encoder that shall predict tokens": (
+        {"train.objective": "csft"},
+        ["backbone bert: train.objective = 'csft' predicts tokens", "type bert", "'infonce'"],
+    ),
     "a missing backbone": ({"backbone.source": "./gone"}, ["backbone.source = ", "gone"]),
     "an attack on real data": (
         {"simulation.attacker": "books"},

@@ -33,7 +33,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("domain",),
     ("encoder",),
     ("merging", "sequence"),
-    ("federated", "mergerec", "privacy"),
+    ("federated", "llm2rec", "mergerec", "privacy"),
     ("client", "runs"),
     ("server",),
     ("report", "serving"),
@@ -149,7 +149,8 @@ def test_neither_side_imports_code_of_the_other(package: str, side: str, other: 
 
 IMPORT_THE_SERVER = """
 import importlib, pkgutil, sys
-for name in ("fedmerge.server", "fedmerge.mergerec", "fedmerge.federated", "fedmerge.merging", "fedmerge.privacy"):
+for name in ("fedmerge.server", "fedmerge.mergerec", "fedmerge.federated", "fedmerge.llm2rec", "fedmerge.merging",
+             "fedmerge.privacy"):
     for module in pkgutil.walk_packages(importlib.import_module(name).__path__, name + "."):
         importlib.import_module(module.name)
 print(*sorted(sys.modules))

@@ -5,7 +5,7 @@ uninterrupted one. Batches are drawn from the seed, so only their number is stor
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,8 +13,6 @@ import torch
 
 from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.tensor_files import read_tensors, write_tensors
-
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class TrainingState:
         best_step: step of the best adapter so far.
         best: that adapter.
         validations: so far.
-        tensors: parameters and optimiser moments, see :func:`state_tensors`.
+        tensors: parameters and optimiser moments, see :func:`fedmerge.tensor_files.state_tensors`.
         signals: sums of the training signals so far; None in a checkpoint of a version that had none.
     """
 
@@ -49,31 +47,6 @@ class TrainingState:
     validations: tuple[Validation, ...]
     tensors: Mapping[str, torch.Tensor]
     signals: tuple[float, ...] | None = None
-
-
-def state_tensors(
-    parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
-    """Copy the parameters and their optimiser moments to the CPU; one that had no gradient yet has no moments."""
-    found = {}
-    for number, parameter in enumerate(parameters):
-        found[f"parameter.{number}"] = parameter.detach().cpu().clone()
-        for moment in _MOMENTS if parameter in optimizer.state else ():
-            found[f"{moment}.{number}"] = optimizer.state[parameter][moment].detach().cpu().clone()
-    return found
-
-
-def restore(
-    tensors: Mapping[str, torch.Tensor], parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
-    """Load the tensors of :func:`state_tensors` into the parameters and the optimiser, in place."""
-    state = optimizer.state_dict()
-    for number, parameter in enumerate(parameters):
-        with torch.no_grad():
-            parameter.copy_(tensors[f"parameter.{number}"])
-        if f"step.{number}" in tensors:
-            state["state"][number] = {moment: tensors[f"{moment}.{number}"].clone() for moment in _MOMENTS}
-    optimizer.load_state_dict(state)
 
 
 def write_checkpoint(path: Path, state: TrainingState) -> None:

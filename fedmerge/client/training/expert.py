@@ -11,6 +11,7 @@ import numpy as np
 from fedmerge.adapter import Adapter
 from fedmerge.client.auxiliary.prepared import prepare, trained_maps
 from fedmerge.client.auxiliary.shared_items import Term, with_term
+from fedmerge.client.csft import next_titles
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.batches import Batch, training_batches
 from fedmerge.client.training.checkpoint import Validation
@@ -155,6 +156,7 @@ def fine_tune(
         proximal: μ of FedProx, the pull towards it.
         term: as for :func:`continue_adapter`.
     """
+    titles = next_titles(settings, *domains)
     examples = [
         evaluation_examples(domain.interactions, "valid", settings.validation_users, seed) for domain in domains
     ]
@@ -175,7 +177,7 @@ def fine_tune(
 
     def init(attached: Attached, first: int) -> Step:
         penalty = with_term(proximal_penalty(attached, proximal), term, first)
-        return batch_steps(batches, settings, attached, first, penalty, auxiliaries)
+        return batch_steps(batches, settings, attached, first, penalty, auxiliaries, titles)
 
     recipe = Recipe(name, init, schedule, validate, start, beside=trained_maps(auxiliaries.values()))
     trained = fit(recipe, domains[0].backbone, lora, seed, progress, checkpoint)

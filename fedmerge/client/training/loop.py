@@ -20,14 +20,13 @@ from fedmerge.client.training.checkpoint import (
     TrainingState,
     Validation,
     read_checkpoint,
-    restore,
-    state_tensors,
     write_checkpoint,
 )
 from fedmerge.client.training_signals import SignalSums
 from fedmerge.config import Lora, Train
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import adapter_of, attach, factors_of, load_into
+from fedmerge.tensor_files import restore, state_tensors
 
 Progress = Callable[[str], None]
 

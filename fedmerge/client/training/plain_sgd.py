@@ -11,6 +11,7 @@ import torch
 
 from fedmerge.client.auxiliary.objectives import auxiliary_losses
 from fedmerge.client.auxiliary.prepared import NO_AUXILIARIES, Auxiliary, augmented_histories
+from fedmerge.client.csft import NO_TITLES, NextTitles, csft_loss
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.batches import Batch
 from fedmerge.client.training.loop import Attached, Step, StepResult
@@ -28,6 +29,7 @@ def batch_steps(
     first: int,
     penalty: Callable[[], torch.Tensor] | None = None,
     auxiliaries: Mapping[str, Auxiliary] = NO_AUXILIARIES,
+    titles: Mapping[str, NextTitles] = NO_TITLES,
 ) -> Step:
     """Return the step function that trains on one batch after the other.
 
@@ -38,6 +40,7 @@ def batch_steps(
         first: number of the first step; earlier batches are skipped.
         penalty: a term added to the loss.
         auxiliaries: domain -> auxiliary losses and augmentations; none for those that are missing.
+        titles: of :func:`fedmerge.client.csft.next_titles`.
 
     Returns:
         A step function that raises DivergedError when the loss is not finite.
@@ -56,7 +59,7 @@ def batch_steps(
             histories = augmented_histories(auxiliary, domain, batch.histories, batch.users, number)
             batch = replace(batch, histories=histories)
         with using(products), tokens_at_once(settings.tokens_at_once):
-            loss = training_step(domain, batch, attached.optimizer, items, added)
+            loss = training_step(domain, batch, attached.optimizer, items, added, titles.get(domain.manifest.name))
         check_loss(domain.manifest.name, loss, number + 1, settings)
         return StepResult(loss, epochs)
 
@@ -69,6 +72,7 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     items: torch.Tensor | None = None,
     penalty: Callable[[], torch.Tensor] | None = None,
+    titles: NextTitles | None = None,
 ) -> float:
     """Make one optimiser step and return the loss before it; a loss that is not finite changes nothing.
 
@@ -78,9 +82,10 @@ def training_step(
         optimizer: optimiser of the adapter's parameters, with the learning rate set.
         items: (N, d) vectors of the whole catalog as negatives; None: the targets of the batch are.
         penalty: a term added to the loss.
+        titles: what CSFT needs; None: the loss is InfoNCE.
     """
     optimizer.zero_grad()
-    loss = batch_loss(domain, batch, items)
+    loss = batch_loss(domain, batch, items) if titles is None else csft_loss(domain, titles, batch)
     if penalty is not None:
         loss = loss + penalty()
     if math.isfinite(loss.item()):

@@ -5,6 +5,7 @@ from typing import Literal
 
 from fedmerge.adapter import Adapter
 from fedmerge.client.auxiliary.prepared import prepare, trained_maps
+from fedmerge.client.csft import next_titles
 from fedmerge.client.local_domain import LocalDomain
 from fedmerge.client.training.batches import training_batches
 from fedmerge.client.training.dp_sgd import UserPlan, private_steps
@@ -91,6 +92,7 @@ def train_round(
     share, scope = settings_of_round(settings, task), (name, "round", task.number)
     auxiliary = prepare(domain, settings, seed, *scope, by_user=plan is not None)
     auxiliaries = {} if auxiliary is None else {name: auxiliary}
+    titles = next_titles(settings, domain)
 
     def init(attached: Attached, first: int) -> Step:
         penalty = proximal_penalty(attached, task.proximal)
@@ -98,7 +100,7 @@ def train_round(
             return private_steps(domain, attached, settings, plan, seed, *scope, penalty=penalty, auxiliary=auxiliary)
         drawn = training_batches(domain.training_sequences, settings, seed, *scope)
         batches = ((domain, batch, epochs) for batch, epochs in drawn)
-        return batch_steps(batches, settings, attached, first, penalty, auxiliaries)
+        return batch_steps(batches, settings, attached, first, penalty, auxiliaries, titles)
 
     schedule = Schedule(
         learning_rate=settings.learning_rate,

@@ -137,7 +137,13 @@ def dp_problems(
 def _by_user_problems(
     train: Train, rounds: Rounds, learned_on_own_users: bool, through_clients: ThroughClients
 ) -> Iterator[str]:
-    if train.negatives == "in-batch":
+    if train.objective == "csft":
+        yield (
+            "dp.mode = 'user' with train.objective = 'csft': gradients of single users are made for vectors alone, so "
+            "the loss of tokens could not be clipped by user; set train.objective = 'infonce', or dp.mode = "
+            "'domain-local'"
+        )
+    elif train.negatives == "in-batch":
         yield (
             "dp.mode = 'user', but train.negatives = 'in-batch': a user's loss then depends on the other users of the "
             "step, and clipping by user bounds nothing; set train.negatives = 'catalog'"

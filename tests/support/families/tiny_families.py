@@ -129,6 +129,14 @@ def llama(folder: Path) -> Path:
     return _write(lambda size: hf.LlamaModel(hf.LlamaConfig(vocab_size=size, **SIZES, **config)), fast, folder)
 
 
+def causal_llama(folder: Path, tied: bool = False) -> Path:
+    """Llama 3 and SmolLM with the language-model head, its own or tied to the token embeddings."""
+    fast = byte_level(["<s>", END], "<s> $A", bos_token="<s>", eos_token=END)
+    config: dict[str, Any] = {"num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1}
+    config["tie_word_embeddings"] = tied
+    return _write(lambda size: hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=size, **SIZES, **config)), fast, folder)
+
+
 def gemma(folder: Path) -> Path:
     """Gemma 3: SentencePiece without a dummy prefix, sliding windows in all layers but one."""
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
