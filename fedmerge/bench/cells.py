@@ -73,6 +73,7 @@ from fedmerge.server.candidates import (
 )
 from fedmerge.server.gate import check_experts, leave_one_out_merges, votes_of
 from fedmerge.server.layer_search import NDCG_SCALE, Search, search_on_pseudo_users, search_with
+from fedmerge.server.refined import refined_candidates
 from fedmerge.server.woven import woven_candidate_of, woven_candidates
 
 MERGES = "merges.json"
@@ -226,8 +227,9 @@ def write_merges(
         return
     origin, recipe = Origin(sources, None, config.privacy.policy), replace(recipe_of(config), at_clients=False)
     variants, experts = recipe.variants(), stored_experts(run, sources)
-    learn = search = None
-    if any(method_named(variant.method).learned for variant in variants):
+    learn = search = backbone = None
+    catalogs: Mapping[str, Catalog] = {}
+    if config.refines_merges or any(method_named(variant.method).learned for variant in variants):
         public = not config.privacy.learns_through_clients  # else the cell reads catalogs in place of the clients
         backbone, catalogs = backbone_of(config.backbone, config.runtime), _catalogs(config, sources, public)
         learn = learn_from_catalogs(backbone, experts, catalogs, config.text)
@@ -235,6 +237,11 @@ def write_merges(
         if config.rmm.reward == "validation":
             search = _search_on_validation(config, evaluation, experts, result.parent)
         origin = replace(origin, backbone=backbone.record)
+    finished = read_candidates(result.parent, sources)
+
+    def keep(made: Candidate) -> None:
+        write_candidate(result.parent, made, config.backbone.source)
+
     candidates = merge_candidates(
         experts,
         variants,
@@ -243,8 +250,11 @@ def write_merges(
         learn=learn,
         search=search,
         signals=stored_signals(run, experts),
-        finished=read_candidates(result.parent, sources),
-        keep=lambda made: write_candidate(result.parent, made, config.backbone.source),
+        finished=finished,
+        keep=keep,
+    )
+    candidates += refined_candidates(
+        candidates, backbone, catalogs, config, folder=result.parent, finished=finished, keep=keep
     )
     if config.personal.universal:
         sent = sent_coefficients(fits, config.privacy.min_users)

@@ -289,6 +289,11 @@ def _not_in_one_place(experiment: ExperimentConfig) -> str:
         needed.append(("with weave.schedule, personal.directions", experiment.personal.directions or "none", "none"))
         if experiment.admission.action == "exclude":  # others continue what it excludes
             needed.append(("with weave.schedule, admission.action", "exclude", "flag"))
+    if experiment.refines_merges:
+        needed += [
+            ("with mntp.steps or simcse.steps, rounds.rule", experiment.rounds.rule or "none", "none"),
+            ("with mntp.steps or simcse.steps, weave.schedule", experiment.weave.schedule or "none", "none"),
+        ]
     for key, found, wanted in needed:
         if found != wanted:
             return f"{key} = {found!r} needs a federation (fedmerge run); set {wanted!r}"

@@ -287,7 +287,8 @@ def _cost(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
         seconds = sum(client["seconds"] for client in clients)
     gate = grid.gate(place, strategy)
     probed = gate is not None and config.admission.probe_items is not None
-    if (config.methods_from_catalogs or config.shares_similarity or probed) and config.server.catalogs is None:
+    read = config.methods_from_catalogs or config.refines_merges or config.shares_similarity or probed
+    if read and config.server.catalogs is None:
         up += sum((_folder(config, domain) / CATALOG_FILE).stat().st_size for domain in sent)
     judged = (read_json(gate) or {}) if gate else {}
     last = (provenance.rounds or [{}])[-1]

@@ -120,6 +120,7 @@ class Provenance:
         secure_sum: the clients of a secure sum, and its settings.
         rounds: the aggregation of each round.
         weave: settings of weaving, and the continued adapters, target -> source -> hash.
+        stages: of a merge that was trained on titles: the merge that it was, the settings, and the losses by stage.
         training: report of an expert's training.
         more: entries that this version does not know.
     """
@@ -149,6 +150,7 @@ class Provenance:
     secure_sum: Mapping[str, Any] | None = None
     rounds: Sequence[Mapping[str, Any]] | None = None
     weave: Mapping[str, Any] | None = None
+    stages: Mapping[str, Any] | None = None
     training: Mapping[str, Any] | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
 
@@ -184,7 +186,7 @@ _MAPPINGS = ("domains", "excluded", "parameters", "privacy", "through_clients", 
 _LISTS = ("losses", "validation", "coefficient_groups", "rounds")
 _TEXTS = ("label", "method", "policy", "sha256")
 _TYPES: dict[str, type] = {
-    **dict.fromkeys((*_MAPPINGS, "secure_sum", "weave", "training", "backbone"), Mapping),
+    **dict.fromkeys((*_MAPPINGS, "secure_sum", "weave", "stages", "training", "backbone"), Mapping),
     **dict.fromkeys(_LISTS, list),
     **dict.fromkeys(_TEXTS, str),
     **dict.fromkeys(("rank", "chosen_step"), int),

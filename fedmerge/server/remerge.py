@@ -25,6 +25,7 @@ from fedmerge.runs.checkpoints import HEADS, read_excluded_experts
 from fedmerge.runs.reading import REMERGED
 from fedmerge.server.candidates import learn_from_catalogs, merge_candidates, recipe_of
 from fedmerge.server.layer_search import search_on_pseudo_users
+from fedmerge.server.refined import refined_candidates
 
 WITHDRAWN = "left out with --exclude"
 TURNED_AWAY = "not admitted"
@@ -102,8 +103,8 @@ def experts_in(
 
 
 def needs_backbone(config: ExperimentConfig) -> bool:
-    """Return True if a method of the configuration is learned, so that it runs the backbone on the catalogs."""
-    return any(method_named(method).learned for method in config.merge.methods)
+    """Return True if a merge of the configuration is learned or trained, so that it runs the backbone on catalogs."""
+    return config.refines_merges or any(method_named(method).learned for method in config.merge.methods)
 
 
 def catalogs_of(experts: Experts, root: Path) -> dict[str, Catalog]:
@@ -171,7 +172,7 @@ def merge_again(
         is_remerge=True,
         run=experts.run,
     )
-    return merge_candidates(
+    candidates = merge_candidates(
         experts.adapters,
         recipe.variants(),
         origin,
@@ -181,6 +182,7 @@ def merge_again(
         search=search,
         signals=experts.sources.signals,
     )
+    return [*candidates, *refined_candidates(candidates, backbone, catalogs, config, progress)]
 
 
 def heads_note(run: Path | None) -> str:

@@ -41,6 +41,8 @@ def test_a_strategy_runs_under_some_policy_and_names_known_messages(strategy: St
         ("personal merges", ["catalog-private"], True),
         ("weaving: all", ["catalog-private"], True),
         ("federated head", ["adapter+catalog", "adapter", "catalog-private", "aggregate-only"], False),
+        ("next titles", ["adapter+catalog", "adapter", "catalog-private", "aggregate-only"], False),
+        ("next titles, then titles on the server", ["adapter+catalog"], False),
         ("rounds: multi-krum", ["adapter+catalog", "adapter", "catalog-private"], True),
     ],
 )

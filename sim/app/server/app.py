@@ -12,12 +12,14 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedmerge.config import ExperimentConfig, from_flat
+from fedmerge.config import CSFT, ExperimentConfig, from_flat
 from fedmerge.device import resolve_compute
 from fedmerge.encoder.backbone import open_backbone
 from fedmerge.escaping import RecordFormatter
 from fedmerge.federated.rules import check_rounds
 from fedmerge.files import read_json, write_text
+from fedmerge.llm2rec.head import language_head
+from fedmerge.llm2rec.stages import check_stages
 from fedmerge.privacy.dp.accountant import opacus_accountants
 from fedmerge.privacy.dp.agreement import check_releases
 from fedmerge.privacy.signatures import find_client_keys, read_registered_keys
@@ -97,6 +99,9 @@ def _experiment(run: Run, attempt: Attempt) -> None:
         logger.info("answers must be signed by the %d keys in %s", len(run.members.keys), keys)
     compute = resolve_compute(config.runtime.device, config.runtime.precision)
     backbone = open_backbone(config.backbone, compute)
+    if config.train.objective == "csft":
+        language_head(backbone, CSFT)  # refused here, before any client starts
+    check_stages(backbone, config.mntp, config.simcse)
     try:
         # 2. Gather the clients and collect the catalogs of their domains.
         restore_members(run)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from in_process import killed_at_write, small_experiment
 from shops import SHOPS, write_shops
+from tiny_families import causal_llama
 
 from fedmerge.adapter import adapter_sha256
 from fedmerge.config import ExperimentConfig
@@ -74,6 +75,11 @@ def experiment(place: Path, output_dir: Path, strategy: Strategy, **changes: obj
     shared = "query.similarity" in strategy.messages
     root = {"domains.root": str(place / "shops"), **SHARED} if shared else {}
     flat = {**SMALL, **root, **strategy.settings, "output_dir": str(output_dir), **changes}
+    if "train.objective" in strategy.settings:
+        if not (place / "llama").exists():
+            causal_llama(place / "llama")
+        flat |= {"backbone.source": str(place / "llama"), "lora.target_modules": "q_proj,v_proj"}
+        flat |= {key: 2 for key in ("mntp.steps", "simcse.steps") if key in flat}
     return small_experiment(place, **flat)
 
 

@@ -12,7 +12,9 @@ from fedmerge.files import read_json
 from fedmerge.runs import checkpoints
 from fedmerge.runs.folder import ADMISSION
 from fedmerge.server.candidates import recipe_of
+from fedmerge.server.choice import CHOICE_FILE, SELECTION_FILE
 from fedmerge.server.gate import probes
+from fedmerge.server.refined import refined_label
 from sim.app.messages import records
 from sim.app.server.asking import DESCRIBE_SECONDS, ask
 from sim.app.server.questions import Question
@@ -55,6 +57,8 @@ def _are_needed(run: Run) -> bool:
     methods = config.methods_from_catalogs
     if config.shares_similarity and checkpoints.read_factor_hashes(folder) is None:
         return True
+    if config.refines_merges and not _are_refined(run):
+        return True
     if not methods and not probes(config):
         return False
     sources = checkpoints.read_sources(folder)
@@ -66,6 +70,21 @@ def _are_needed(run: Run) -> bool:
         return True  # the second merge, without the flagged experts, may be missing
     labels = {variant.label for method in methods for variant in recipe_of(config).variants_of(method)}
     return not labels <= checkpoints.read_candidates(folder, merged).keys()
+
+
+def _are_refined(run: Run) -> bool:
+    """Return True if validation selected, so that no merge is missing, and each has what the stages make of it."""
+    final = (run.folder / SELECTION_FILE).is_file() or (run.folder / CHOICE_FILE).is_file()
+    sources = checkpoints.read_sources(run.folder)
+    if not final or sources is None:
+        return False
+    away = checkpoints.read_excluded_experts(run.folder)
+    merged = {domain: "" if sha256 == records.OWN_EXPERT else sha256 for domain, sha256 in sources.items()}
+    labels = checkpoints.read_candidates(
+        run.folder, {domain: sha256 for domain, sha256 in merged.items() if domain not in away}
+    ).keys()
+    refined = {label for label in labels if label.startswith(refined_label(""))}
+    return bool(refined) and {refined_label(label) for label in labels - refined} <= refined
 
 
 def _from_folder(folder: Path, domains: list[str]) -> dict[str, Catalog]:

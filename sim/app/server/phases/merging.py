@@ -12,6 +12,7 @@ from fedmerge.runs import checkpoints
 from fedmerge.server.candidates import learn_from_catalogs, merge_candidates, recipe_of
 from fedmerge.server.groups import Grouping, groupings
 from fedmerge.server.layer_search import search_on_pseudo_users
+from fedmerge.server.refined import refined_candidates
 from fedmerge.server.woven import woven_candidates
 from sim.app.server.phases.admission import pass_gate
 from sim.app.server.phases.coefficients import fit_personal_merges, learn_through_clients, search_through_clients
@@ -54,10 +55,10 @@ def train_and_merge(run: Run, backbone: Backbone, catalogs: Mapping[str, Catalog
     config = run.config
     if config.rounds.rule is not None:
         members, after_rounds = run_rounds(run, backbone, catalogs)
-        return Merges(list(members), {}, [after_rounds], {})
+        return Merges(list(members), {}, with_refined(run, backbone, [after_rounds], catalogs), {})
     if config.privacy.hides_adapters:
         sources, sums = secure_candidates(run, backbone)
-        return Merges(list(sources), sources, sums, {})
+        return Merges(list(sources), sources, with_refined(run, backbone, sums, catalogs), {})
     sources = train_experts(run, backbone, catalogs)
     if config.until == "train":
         weave_experts(run, backbone, catalogs, sources)
@@ -66,6 +67,7 @@ def train_and_merge(run: Run, backbone: Backbone, catalogs: Mapping[str, Catalog
     woven = weave_experts(run, backbone, catalogs, sources)
     candidates = merge_experts(run, backbone, sources, catalogs)
     candidates += merge_woven(run, backbone, sources, woven)
+    candidates = with_refined(run, backbone, candidates, catalogs)
     if config.admission.rollback and failed and failed.keys() < sources.keys():
         candidates += merge_experts(run, backbone, sources, catalogs, without=sorted(failed))
     origin = Origin(sources, backbone.record, config.privacy.policy)
@@ -74,6 +76,25 @@ def train_and_merge(run: Run, backbone: Backbone, catalogs: Mapping[str, Catalog
         candidates.append(universal)
     in_groups = merge_groups(run, backbone, sources, catalogs)
     return Merges(list(sources), sources, candidates, failed, checkpoints.stored_woven(run.folder, woven), in_groups)
+
+
+def with_refined(
+    run: Run, backbone: Backbone, candidates: list[Candidate], catalogs: Mapping[str, Catalog]
+) -> list[Candidate]:
+    """Add to merges of all members what ``[mntp]`` and ``[simcse]`` make of each, written as it is made."""
+    if not run.config.refines_merges:
+        return candidates
+    refined = refined_candidates(
+        candidates,
+        backbone,
+        catalogs,
+        run.config,
+        logger.info,
+        run.folder,
+        finished=checkpoints.read_candidates(run.folder, candidates[0].provenance.domains),
+        keep=lambda made: checkpoints.write_candidate(run.folder, made, backbone.name),
+    )
+    return [*candidates, *refined]
 
 
 def merge_groups(

@@ -69,7 +69,7 @@ def write_privacy(run: Run) -> str:
     noised_metrics = config.privacy.metrics == "noised" and not config.dp.mode.startswith("domain")
     if config.dp.mode == "none" and not noised_metrics:
         return ""
-    catalogs = bool(config.methods_from_catalogs) or probes(config)
+    catalogs = bool(config.methods_from_catalogs) or config.refines_merges or probes(config)
     evaluated = run.ledger.senders(records.EVALUATE)
     spent = spent_by_domain(run.folder, config)
     if noised_metrics:
