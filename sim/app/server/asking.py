@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 
 from flwr.app import Message, RecordDict
@@ -190,7 +190,7 @@ def _look_for_lost(run: Run, inquiries: list[Inquiry]) -> None:
             )
 
 
-def _arrivals(run: Run, inquiries: list[Inquiry]) -> Iterator[tuple[Inquiry, Message | str]]:
+def _arrivals(run: Run, inquiries: list[Inquiry]) -> Generator[tuple[Inquiry, Message | str], None, None]:
     """Yield the replies that have arrived; for a reply that Flower fails to unpack, the reason in its place.
 
     What a reply releases is noted before it is yielded, and of the others when the iterator is closed early, since
