@@ -428,7 +428,7 @@ def _process(log: Path, command: list[str], environment: dict[str, str]) -> Iter
 def _wait(what: str, is_so: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
     wait_for(what, lambda: is_so() or process.poll() is not None, MOST_SECONDS)
     if process.poll() is not None:
-        raise SystemExit(f"{what}: {' '.join(map(str, process.args))} ended with exit code {process.returncode}")
+        raise SystemExit(f"{what}: {process.args!r} ended with exit code {process.returncode}")
 
 
 if __name__ == "__main__":

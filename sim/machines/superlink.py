@@ -22,9 +22,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
 from fedmerge.deploy.certificates import expires
@@ -196,7 +197,8 @@ def register_clients(deployment: Deployment, say_refusal: Callable[[str], None])
         retry_invoker=make_simple_http_retry_invoker(),
     ) as control:
         for client in new:
-            key = load_ssh_public_key(client.key.read_bytes())
+            # add_client has checked the kind of the key.
+            key = cast(EllipticCurvePublicKey, load_ssh_public_key(client.key.read_bytes()))
             request = RegisterNodeRequest(public_key=public_key_to_bytes(key), name=client.name)
             try:
                 nodes[client.name] = control.RegisterNode(request).node_id
