@@ -26,7 +26,7 @@ from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.config import ExperimentConfig, load_config
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.encode import encode
-from fedmerge.encoder.text import Tokens, pack_sequences
+from fedmerge.encoder.text import Order, Tokens, pack_sequences
 from fedmerge.evaluation.ranks import FloatArray, per_user_metrics, rank_targets
 from fedmerge.evaluation.sums import (
     LAST_ITEM,
@@ -43,7 +43,7 @@ from fedmerge.files import make_folder, write_bytes, write_json
 from fedmerge.sequence.anchored import recent_items_source
 
 PIECE = 500  # texts that are encoded before their vectors are kept
-ORDERS = ("newest-first", "newest-last")
+ORDERS: tuple[Order, ...] = ("newest-first", "newest-last")
 ROWS = (*(f"text, {order}" for order in ORDERS), LAST_ITEM, RECENT_ITEMS)
 SHOWN = ("recall@10", "ndcg@10")
 Outcomes = dict[Variant, dict[str, FloatArray]]
@@ -141,10 +141,10 @@ def vectors(folder: Path, domain: LocalDomain, texts: Sequence[Tokens]) -> tuple
             seconds = torch.tensor([time.process_time() - started])
             write_bytes(file, save({"vectors": encoded, "seconds": seconds}))
         pieces.append(load_file(file))
-    seconds = sum(float(piece["seconds"]) for piece in pieces)
+    spent = sum(float(piece["seconds"]) for piece in pieces)
     tokens = sum(len(text) for text in texts) / len(texts)
-    cost = {"tokens a text": tokens, "texts a CPU second": len(texts) / seconds}
-    return torch.cat([piece["vectors"] for piece in pieces]), {name: round(value, 1) for name, value in cost.items()}
+    cost = {"tokens a text": round(tokens, 1), "texts a CPU second": round(len(texts) / spent, 1)}
+    return torch.cat([piece["vectors"] for piece in pieces]), cost
 
 
 def table(sums: Mapping[str, MetricSums], names: Sequence[str]) -> Iterator[str]:

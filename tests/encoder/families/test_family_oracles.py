@@ -84,7 +84,7 @@ def original(family: str, folder: Path, text: str, is_history: bool) -> torch.Te
     hidden: torch.Tensor = model(**inputs).last_hidden_state[0]
     if family == "blair":
         return hidden[0]
-    return hidden[-1] if family in ("llama", "gemma", "qwen3-embedding") else hidden.mean(dim=0)
+    return hidden[-1] if family in ("llama", "smollm", "gemma", "qwen3-embedding") else hidden.mean(dim=0)
 
 
 def e5_mistral(tokenizer: Any, model: Any, text: str) -> torch.Tensor:

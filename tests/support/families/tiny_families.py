@@ -123,7 +123,7 @@ def modernbert(folder: Path) -> Path:
 
 
 def llama(folder: Path) -> Path:
-    """Llama 3 and SmolLM: byte-level BPE, a token at the beginning, none at the end, no padding."""
+    """Llama 3: byte-level BPE, a token at the beginning, none at the end, no padding."""
     fast = byte_level(["<s>", END], "<s> $A", bos_token="<s>", eos_token=END)
     config: dict[str, Any] = {"num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1}
     return _write(lambda size: hf.LlamaModel(hf.LlamaConfig(vocab_size=size, **SIZES, **config)), fast, folder)
@@ -135,6 +135,15 @@ def causal_llama(folder: Path, tied: bool = False) -> Path:
     config: dict[str, Any] = {"num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1}
     config["tie_word_embeddings"] = tied
     return _write(lambda size: hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=size, **SIZES, **config)), fast, folder)
+
+
+def smollm(folder: Path) -> Path:
+    """SmolLM2: byte-level BPE with single digits, no token at the beginning or the end; the end token pads."""
+    fast = byte_level([END, "<|im_start|>", "<|im_end|>"], "$A", eos_token="<|im_end|>", pad_token="<|im_end|>")
+    split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    fast.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+    config: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, **GROUPED}
+    return _write(lambda size: hf.LlamaModel(hf.LlamaConfig(vocab_size=size, **SIZES, **config)), fast, folder)
 
 
 def gemma(folder: Path) -> Path:
@@ -212,6 +221,7 @@ TINY: Mapping[str, Tiny] = {
     "mpnet": Tiny(mpnet, True, "encoder", ("attn.q", "attn.k", "attn.v", "attn.o"), _BERT[1]),
     "modernbert": Tiny(modernbert, True, "encoder", ("attn.Wqkv", "attn.Wo"), ("mlp.Wi", "mlp.Wo")),
     "llama": Tiny(llama, False, "decoder", *_DECODER),
+    "smollm": Tiny(smollm, False, "decoder", *_DECODER),
     "gemma": Tiny(gemma, False, "decoder", *_DECODER),
     "qwen3-embedding": Tiny(qwen3, False, "qwen3-embedding", *_DECODER),
     "e5-mistral": Tiny(mistral, False, "e5-mistral", *_DECODER),
