@@ -1,4 +1,4 @@
-"""The contrast of augmented views in the training of a client's own head."""
+"""The contrast of augmented views, and drawn items, in the training of a client's own head."""
 
 import json
 from pathlib import Path
@@ -71,25 +71,32 @@ def test_the_loss_is_that_of_the_last_states_of_two_views() -> None:
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_weight_zero_is_the_head_of_before(toys: LocalDomain, adapter: Adapter, tmp_path: Path) -> None:
+def test_weight_zero_and_no_draw_are_the_head_of_before(toys: LocalDomain, adapter: Adapter, tmp_path: Path) -> None:
     plain = head_of(toys, adapter, tmp_path)
-    again = head_of(toys, adapter, tmp_path, contrast=0.0, views=VIEWS)
+    again = head_of(toys, adapter, tmp_path, contrast=0.0, views=VIEWS, sampled_items=None)
     assert again.cached
     assert equal(plain, again)
     (folder,) = (tmp_path / "heads").iterdir()
-    assert "contrast" not in json.loads((folder / "inputs.json").read_text())
+    assert "contrast" not in (inputs := json.loads((folder / "inputs.json").read_text()))
+    assert "sampled_items" not in inputs["settings"]
 
 
 @pytest.mark.parametrize("inputs", ["text+ids", "ids"])
-def test_the_contrast_trains_another_head_that_serving_finds(
-    toys: LocalDomain, adapter: Adapter, tmp_path: Path, inputs: str
+@pytest.mark.parametrize(
+    ("changes", "others"),
+    [
+        ({"contrast": 0.1, "views": VIEWS}, {"contrast": 0.2, "views": VIEWS}),
+        ({"sampled_items": 5}, {"sampled_items": 6}),
+    ],
+)
+def test_a_changed_training_gives_another_head_that_serving_finds(
+    toys: LocalDomain, adapter: Adapter, tmp_path: Path, inputs: str, changes: dict[str, Any], others: dict[str, Any]
 ) -> None:
-    changes = {"inputs": inputs, "contrast": 0.1, "views": VIEWS}
     plain = head_of(toys, adapter, tmp_path, inputs=inputs)
-    contrasted = head_of(toys, adapter, tmp_path, **changes)
-    assert not contrasted.cached
-    assert not equal(plain, contrasted)
-    assert head_of(toys, adapter, tmp_path, **changes).cached
+    changed = head_of(toys, adapter, tmp_path, inputs=inputs, **changes)
+    assert not changed.cached
+    assert not equal(plain, changed)
+    assert head_of(toys, adapter, tmp_path, inputs=inputs, **changes).cached
     items, vectors = toys.catalog.item_ids, item_vectors(toys, adapter, str(tmp_path))
 
     def found(**changes: Any) -> LocalHead:
@@ -97,20 +104,21 @@ def test_the_contrast_trains_another_head_that_serving_finds(
         return find_trained_head("toys", items, vectors, adapter, section, None, 0, str(tmp_path))
 
     assert equal(found(), plain)
-    assert equal(found(contrast=0.1, views=VIEWS), contrasted)
+    assert equal(found(**changes), changed)
     with pytest.raises(ClientError, match="holds no head"):
-        found(contrast=0.2, views=VIEWS)
+        found(**others)
 
 
 def test_a_killed_training_resumes_to_the_same_head(toys: LocalDomain, adapter: Adapter, tmp_path: Path) -> None:
-    whole = head_of(toys, adapter, tmp_path / "whole", contrast=0.1)
+    changes = {"contrast": 0.1, "sampled_items": 5}
+    whole = head_of(toys, adapter, tmp_path / "whole", **changes)
 
     def kill(line: str) -> None:
         if "epoch 2" in line:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        head_of(toys, adapter, tmp_path / "killed", kill, contrast=0.1)
-    resumed = head_of(toys, adapter, tmp_path / "killed", contrast=0.1)
+        head_of(toys, adapter, tmp_path / "killed", kill, **changes)
+    resumed = head_of(toys, adapter, tmp_path / "killed", **changes)
     assert equal(whole, resumed)
     assert resumed.report["losses"] == whole.report["losses"]
