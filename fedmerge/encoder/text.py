@@ -129,8 +129,8 @@ def special_tokens(
     if attributes is not None:
         nothing = typed([], 0)
         return SpecialTokens(typed(full[:start], 0), nothing, int(pad), nothing, nothing, attributes)
-    prompts = (_prompt_tokens(tokenizer, prompt) for prompt in (history_prompt, item_prompt))
-    return SpecialTokens(_tokens(full[:start]), _tokens(suffix), int(pad), *prompts)
+    of_history, of_item = (_prompt_tokens(tokenizer, prompt) for prompt in (history_prompt, item_prompt))
+    return SpecialTokens(_tokens(full[:start]), _tokens(suffix), int(pad), of_history, of_item)
 
 
 @lru_cache(maxsize=8)

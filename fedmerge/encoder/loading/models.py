@@ -36,7 +36,7 @@ def load(folder: Path, conventions: Conventions) -> tuple[Any, PreTrainedTokeniz
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         config = AutoConfig.from_pretrained(folder)
-        kind = RecFormerModel if recformer else AutoModel
+        kind: Any = RecFormerModel if recformer else AutoModel
         config = complete(config) if recformer else config
         # The pooler of BERT-like models is never used here and must not count among "all linear layers".
         bare = {"add_pooling_layer": False} if config.model_type in HAVE_POOLERS else {}

@@ -11,7 +11,7 @@ _SETTINGS: dict[str, Any] = {"token_type_size": 4, "max_item_embeddings": 51, "m
 _WINDOW = 64
 
 
-class RecFormerModel(LongformerModel):  # type: ignore[no-untyped-call, misc]
+class RecFormerModel(LongformerModel):
     """The encoder with the authors' names of tensors, without a pooler.
 
     The embedding of a token is the LayerNorm of word + position + type + item position.
@@ -23,7 +23,7 @@ class RecFormerModel(LongformerModel):  # type: ignore[no-untyped-call, misc]
         super().__init__(config, add_pooling_layer=add_pooling_layer)
         items = torch.nn.Embedding(config.max_item_embeddings, config.hidden_size)
         self.embeddings.item_position_embeddings = items
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]  # of transformers
 
     def forward(
         self,
@@ -47,7 +47,7 @@ class RecFormerModel(LongformerModel):  # type: ignore[no-untyped-call, misc]
         Returns:
             Its ``last_hidden_state`` is (n, tokens, d): the padding to whole windows is removed again.
         """
-        table = self.embeddings
+        table: Any = self.embeddings  # PyTorch does not know the types of submodules
         items = torch.zeros_like(input_ids) if item_position_ids is None else item_position_ids
         present = (input_ids != table.padding_idx).long()
         positions = present.cumsum(dim=1) * present + table.padding_idx
