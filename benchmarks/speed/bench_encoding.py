@@ -1,9 +1,10 @@
 """Speed of encoding, as a share of the measured peak of bfloat16 matrix products.
 
-    python benchmarks/speed/bench_encoding.py [--size 12x768] [--profile]
+    python benchmarks/speed/bench_encoding.py [--size 12x768 | --source all-MiniLM-L6-v2] [--profile]
 
 Alternatives: the transformers model called under autocast on batches of 64 in the order given, padded to the longest;
-the same on batches sorted by length; and ``fedmerge.encoder.encode``. The model is a BERT built from a configuration,
+the same on batches sorted by length; and ``fedmerge.encoder.encode``; and on quantised weights this and the model
+called on batches sorted by length, as in training. The model is a BERT built from a configuration,
 with random weights, by default of MiniLM's size (6 layers of width 384). Token ids are random; lengths are those of a
 shop: three items of 20 to 60 tokens for each user of 65 to 128 tokens.
 
@@ -12,6 +13,8 @@ and inner width f:  2 n (4 d² + 2 d f)  for the linear layers and  4 n² d  for
 feed-forward products, (8192 x d)·(d x f) and (8192 x f)·(f x d), without bias, timed in the same turns.
 """
 
+import copy
+import importlib.util
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,10 +26,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertModel
 
 from fedmerge.device import resolve_compute
-from fedmerge.encoder.backbone import Backbone
+from fedmerge.domain.demo import generate_domain
+from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.encode import TOKENS_PER_BATCH, embed_batch, encode, length_batches
-from fedmerge.encoder.text import SpecialTokens, Tokens
+from fedmerge.encoder.loading.quantised import Kind, quantise
+from fedmerge.encoder.text import SpecialTokens, Tokens, build_token_table, item_sequences
 
+KINDS: list[Kind] = ["int8", *(["nf4"] if importlib.util.find_spec("bitsandbytes") else [])]  # type: ignore[list-item]
 ROWS, PRODUCTS = 8192, 4
 SIZES = {"6x384": (6, 384), "12x384": (12, 384), "12x768": (12, 768)}
 
@@ -53,6 +59,29 @@ def shop_sequences(num_sequences: int) -> list[Tokens]:
     return [rng.integers(1000, 30000, length).astype(np.int32) for length in rng.permutation(lengths)]
 
 
+def item_texts(backbone: Backbone, number: int) -> list[Tokens]:
+    """Return texts of demo items; of a model without a tokenizer random tokens."""
+    if backbone.tokenizer is None:
+        return shop_sequences(number)
+    catalog = generate_domain("books").catalog
+    table = build_token_table(catalog, backbone.tokenizer, 32, backbone.special.attributes)
+    return item_sequences(table, backbone.special, 128)[:number]
+
+
+def quantised(backbone: Backbone, kind: Kind) -> Backbone:
+    """Return a copy with quantised weights."""
+    model = copy.deepcopy(backbone.model)
+    quantise(model, kind)
+    return replace(backbone, model=model, quantisation=kind)
+
+
+def megabytes(model: torch.nn.Module) -> float:
+    """Return the size of a model's weights, codes and scales."""
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [state.absmax for layer in model.modules() if (state := getattr(layer, "state", None)) is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
+
+
 def operations(backbone: Backbone, sequences: list[Tokens]) -> float:
     """Return the floating point operations on real tokens."""
     config = backbone.model.config
@@ -70,15 +99,33 @@ def plain(backbone: Backbone, sequences: list[Tokens], batches: list[np.ndarray]
     return vectors
 
 
+def print_quantised(backbone: Backbone, variants: dict[Kind, Backbone], few: list[Tokens], exact: torch.Tensor) -> None:
+    """Print the size of each variant's weights, and how far its vectors are from those of full precision (n, d)."""
+    linear = sum(2 * layer.weight.numel() for layer in backbone.model.modules() if isinstance(layer, torch.nn.Linear))
+    print(f"weights: {megabytes(backbone.model):.1f} MB, while fedmerge encodes {linear / 1e6:.1f} MB more in bfloat16")
+    in_float32 = resolve_compute("cpu", "float32")
+    for kind, variant in variants.items():
+        vectors = encode(replace(variant, compute=in_float32), few).double()
+        apart = 1 - (vectors * exact).sum(dim=1)
+        print(
+            f"{kind}: weights {megabytes(variant.model):.1f} MB; in float32, 1 − cosine to full precision is mean "
+            f"{apart.mean():.2e}, largest {apart.max():.2e}"
+        )
+
+
 def main() -> None:
     """Time the alternatives and the matrix products in turn; compare the vectors with those of float32."""
     parser = arguments(__doc__, repeats=7)
     parser.add_argument("--size", choices=SIZES, default="6x384", help="layers x width")
+    parser.add_argument("--source", help="a real model in place of random weights: as backbone.source")
     parser.add_argument("--sequences", type=int, default=400)
     parser.add_argument("--profile", action="store_true", help="afterwards profile one call of each")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    backbone = build_backbone(*SIZES[options.size])
+    if options.source:
+        backbone = load_backbone(options.source, "auto", resolve_compute("cpu", "bfloat16"))
+    else:
+        backbone = build_backbone(*SIZES[options.size])
     sequences = shop_sequences(options.sequences)
     lengths = [len(sequence) for sequence in sequences]
     as_given = np.array_split(np.arange(len(sequences)), max(1, len(sequences) // 64))
@@ -101,14 +148,21 @@ def main() -> None:
         "transformers, autocast, by length": lambda: plain(backbone, sequences, by_length),
         "fedmerge": lambda: encode(backbone, sequences),
     }
-    few = sequences[:60]
+    variants = {kind: quantised(backbone, kind) for kind in KINDS}
+    for kind, variant in variants.items():
+        calls[f"fedmerge, {kind}"] = lambda variant=variant: encode(variant, sequences)  # type: ignore[misc]
+        calls[f"transformers, autocast, by length, {kind}"] = (
+            lambda variant=variant: plain(variant, sequences, by_length)  # type: ignore[misc]
+        )
+    few = item_texts(backbone, 60)
     exact = encode(replace(backbone, compute=resolve_compute("cpu", "float32")), few).double()
     for name, vectors in (
-        ("transformers, autocast", plain(backbone, few, [np.arange(60)])),
+        ("transformers, autocast", plain(backbone, few, [np.arange(len(few))])),
         ("fedmerge", encode(backbone, few)),
     ):
         apart = 1 - (vectors.double() * exact).sum(dim=1)
         print(f"{name}: 1 − cosine to float32 is mean {apart.mean():.2e}, largest {apart.max():.2e}")
+    print_quantised(backbone, variants, few, exact)
     for name, batches in (("64 as given", as_given), ("by length", by_length)):
         padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
         print(f"padding, {name}: {100 * (padded / sum(lengths) - 1):.1f} % of the real tokens; fedmerge: none")

@@ -55,6 +55,7 @@ class BackboneSection(Section):
         "attention",
         "dimension",
         "max_positions",
+        "quantisation",
     )
 
     source: str = Field(
@@ -93,6 +94,11 @@ class BackboneSection(Section):
     )
     max_positions: int | None = Field(
         None, ge=8, description="Limit of text.max_tokens below the model's own; none: that of the family."
+    )
+    quantisation: Literal["none", "int8", "nf4"] = Field(
+        "none",
+        description="Bits of the frozen linear layers, under adapters in full precision. int8: a scale a row; nf4: 4 "
+        "bits, with bitsandbytes. Vectors are others than without, so all parties need the same.",
     )
     weights_sha256: str | None = Field(
         None, pattern="^[0-9a-f]{64}$", description="Expected SHA-256 of model.safetensors; MiniLM's is built in."

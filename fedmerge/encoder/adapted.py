@@ -11,6 +11,7 @@ from fedmerge.config import ExperimentConfig
 from fedmerge.device import resolve_compute
 from fedmerge.encoder.adapter_records import adapter_record
 from fedmerge.encoder.backbone import Backbone, open_backbone
+from fedmerge.encoder.loading.quantised import QuantisedLinear, use_weight
 from fedmerge.encoder.lora import applied
 from fedmerge.encoder.peft.folder import read_verified
 from fedmerge.errors import LayoutMismatchError
@@ -66,6 +67,9 @@ def folded(backbone: Backbone, adapter: Adapter | None) -> Backbone:
     theirs, ours = dict(backbone.model.named_modules()), dict(model.named_modules())
     with applied(backbone, adapter):
         for name in adapter.modules:
-            weight = theirs[name].weight
-            ours[name].weight = torch.nn.Parameter(weight.data, requires_grad=False)
+            weight = theirs[name].weight.data
+            if isinstance(layer := ours[name], QuantisedLinear):
+                use_weight(layer, weight)
+            else:
+                layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     return replace(backbone, model=model)

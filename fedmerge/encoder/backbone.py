@@ -15,6 +15,7 @@ from fedmerge.device import Compute
 from fedmerge.encoder.attention import attend_both_ways, attends_globally, check_attention
 from fedmerge.encoder.families import PLAIN, Conventions, conventions_of, identity_of
 from fedmerge.encoder.loading.models import load
+from fedmerge.encoder.loading.quantised import quantise
 from fedmerge.encoder.text import SpecialTokens, special_tokens
 from fedmerge.errors import BackboneError
 
@@ -44,12 +45,13 @@ class Backbone:
         special: special tokens around a text.
         pooling: ``cls``, ``mean``, ``mean-text`` or ``last``.
         name: hub id or folder name, as written into the configuration of adapters.
-        sha256: hash over weights, configuration and tokenizer files, and over conventions that are not the plain ones;
-            equal hashes mean the same encoder.
+        sha256: hash over weights, configuration and tokenizer files, and over conventions that are not the plain ones
+            and a quantisation; equal hashes mean the same encoder.
         compute: device and precision.
         conventions: prompts and others, as far as they are not in the fields above; without ``pooling``.
         is_switched: True if the direction of the attention is not the model's own.
         folder: its files.
+        quantisation: ``none``, ``int8`` or ``nf4``.
     """
 
     model: PreTrainedModel
@@ -62,6 +64,7 @@ class Backbone:
     conventions: Conventions = PLAIN
     is_switched: bool = False
     folder: Path = Path()
+    quantisation: str = "none"
 
     @property
     def record(self) -> dict[str, str | None]:
@@ -104,6 +107,7 @@ def open_backbone(section: BackboneSection, compute: Compute) -> Backbone:
 
     Raises:
         BackboneError: the backbone is not found, damaged, or not the expected one, or its conventions contradict it.
+        ConfigError: a quantisation whose package is not installed.
     """
     name, folder = find_backbone(section.source)
     hashes = {path.name: _file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
@@ -123,6 +127,8 @@ def open_backbone(section: BackboneSection, compute: Compute) -> Backbone:
             f"{width} or less, or leave it out."
         )
     model.eval().requires_grad_(False).to(compute.device)
+    if section.quantisation != "none":
+        quantise(model, section.quantisation)
     special = special_tokens(
         tokenizer,
         conventions.history_prompt,
@@ -135,6 +141,7 @@ def open_backbone(section: BackboneSection, compute: Compute) -> Backbone:
     check_attention(model, special, conventions, name)
     globally = attends_globally(model)
     changes = identity_of(conventions, appends_eos=appends_eos, switched=switched, attends_globally=globally)
+    changes |= {"quantisation": section.quantisation} if section.quantisation != "none" else {}
     lines = [f"{file} {digest}" for file, digest in sorted(hashes.items())]
     lines += [f"conventions {json.dumps(changes, sort_keys=True)}"] if changes else []
     identity = hashlib.sha256("\n".join(lines).encode())
@@ -150,6 +157,7 @@ def open_backbone(section: BackboneSection, compute: Compute) -> Backbone:
         conventions,
         switched,
         folder,
+        section.quantisation,
     )
 
 

@@ -14,6 +14,7 @@ from fedmerge.adapter import Adapter, LoraModule
 from fedmerge.backbone_files import GROUPS, target_layers
 from fedmerge.config import Lora
 from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.loading.quantised import own_weight, use_weight
 from fedmerge.encoder.peft.contents import MODULE_PREFIX
 from fedmerge.errors import ConfigError, LayoutMismatchError
 from fedmerge.seeding import generator
@@ -153,7 +154,7 @@ def applied(backbone: Backbone, adapter: Adapter | None) -> Iterator[None]:
         LayoutMismatchError: the backbone lacks a module, or has it with another shape.
     """
     modules = dict(backbone.model.named_modules())
-    originals: dict[str, torch.Tensor] = {}
+    originals: dict[str, torch.Tensor | None] = {}
     try:
         for name, lora in (adapter.modules if adapter else {}).items():
             layer = modules.get(name)
@@ -164,12 +165,12 @@ def applied(backbone: Backbone, adapter: Adapter | None) -> Iterator[None]:
                     f"adapter module {name}: it updates a linear layer of shape {shape}, but {backbone.name} has "
                     f"{found} there. The adapter belongs to another backbone."
                 )
-            originals[name] = layer.weight.data
-            layer.weight.data = layer.weight.data + lora.delta_weight().to(layer.weight.device)
+            originals[name], weight = own_weight(layer), layer.weight.data
+            use_weight(layer, weight + lora.delta_weight().to(weight.device))
         yield
     finally:
-        for name, weight in originals.items():
-            modules[name].weight.data = weight
+        for name, own in originals.items():
+            use_weight(modules[name], own)
 
 
 def factors_of(model: PeftModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -142,6 +142,8 @@ def _check_exportable(backbone: Backbone, text: Text, to: Format) -> None:
         found = "text.order = 'newest-last' cuts histories at the beginning, and an exported tokenizer cuts at the end"
     elif backbone.pooling == "mean-text":
         found = "the pooling mean-text leaves prompts out, which an exported model cannot tell from the text"
+    elif backbone.quantisation != "none":
+        found = f"its weights are quantised to {backbone.quantisation}, which no format of an export has"
     elif backbone.special.attributes is not None:
         found = "it reads keys and values by their types and items by their positions, which a text does not have"
     elif attends_globally(backbone.model):
