@@ -109,6 +109,7 @@ def main() -> None:
     if not has_nginx():
         print("nothing is measured: nginx is not installed")
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends what it has started
     with tempfile.TemporaryDirectory(prefix="fedmerge-storm-") as temporary:
         folder = (options.folder or Path(temporary)).resolve()
         print("\n".join(run_storm(folder, options.num_nodes, options.lose, options.slow_seconds)))
@@ -266,7 +267,7 @@ def keep_answering(folder: Path, slow_seconds: float) -> None:
                 socket.create_connection((host, port), 1.0).close()
                 executor.answer_next(connections[number], f"{host}:{port}", client, code, workers)
             except (OSError, httpx.HTTPError, RunNotRunningException) as error:  # a node that is away, or an ended run
-                logger.info("%s: %s", client.name, error)
+                logger.debug("%s: %s", client.name, error)
         time.sleep(0.1)
 
 
