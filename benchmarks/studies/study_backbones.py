@@ -89,20 +89,17 @@ def rows_of(
     backbone = backbone_of(section, config.runtime)
     domain = open_domain(folder, backbone, config.text)
     examples = evaluation_examples(domain.interactions, "valid", users, config.seed)
-    key = inputs_key(
-        {
-            "backbone": backbone.sha256,
-            "catalog": domain.manifest.catalog_sha256,
-            "interactions": domain.manifest.interactions_sha256,
-            "text": config.text.cache_inputs(),
-            "users": [users, config.seed],
-            "precision": str(backbone.compute.autocast_dtype),
-        }
-    )
-    kept = out / f"{Path(source).name}-{folder.name}-{key}"
+    of_items = {
+        "backbone": backbone.sha256,
+        "catalog": domain.manifest.catalog_sha256,
+        "text": config.text.cache_inputs(),
+        "precision": str(backbone.compute.autocast_dtype),
+    }
+    of_users = [domain.manifest.interactions_sha256, users, config.seed]
+    kept = out / f"{Path(source).name}-{folder.name}-{inputs_key(of_items)}"
     items, cost = vectors(kept / "items", domain, domain.item_sequences)
     print(f"{Path(source).name}, {folder.name}: {len(items)} items encoded, {cost}", flush=True)
-    found = dict(sources(kept, domain, examples, items))
+    found = dict(sources(kept / f"users-{inputs_key({'users': of_users})}", domain, examples, items))
     outcomes: Outcomes = {
         variant: {
             row: per_user_metrics(rank_targets(*vectors_of, examples.targets, seen_items(examples, variant)))
