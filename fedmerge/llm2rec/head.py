@@ -69,7 +69,7 @@ def language_head(backbone: Backbone, asked: str) -> LanguageHead:
 def _stored(backbone: Backbone) -> dict[str, torch.Tensor]:
     """Return weight and bias of the head as far as the files hold them."""
     wanted = {f"{name}.{part}": part for name in STORED for part in ("weight", "bias")}
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path in sorted(backbone.folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             found |= {wanted[key]: file.get_tensor(key) for key in file.keys() if key in wanted}  # noqa: SIM118
@@ -109,6 +109,6 @@ def token_losses(
         right = torch.tensor([token for i in group for token in tokens[i]], dtype=torch.int64)
         states = hidden[rows.to(hidden.device), places.to(hidden.device)]  # (t, d)
         losses = torch.nn.functional.cross_entropy(head(states), right.to(hidden.device), reduction="none")
-        return torch.stack([part.sum() for part in losses.split(counts)])
+        return torch.stack([part.sum() for part in torch.split(losses, counts)])
 
     return in_groups(backbone, sequences, of_group)

@@ -151,7 +151,7 @@ def test_parts_that_are_computed_again_have_the_same_gradient(folders: dict[str,
             loss_of(domain, batch).backward()  # type: ignore[no-untyped-call]
         found.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
         model.unload()
-    assert any(gradient.any() for gradient in found[0])
+    assert any(gradient is not None and gradient.any() for gradient in found[0])
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-4)
 
 
@@ -167,7 +167,7 @@ def test_the_cut_is_on_the_left_and_keeps_the_target(folders: dict[str, Path]) -
             assert sequence[0] == backbone.tokenizer.bos_token_id
             assert sequence[-1] == backbone.tokenizer.eos_token_id
             assert backbone.tokenizer.decode(sequence[-length:-1]) == f"{target}\n"
-            before = backbone.tokenizer.decode(sequence[1:-length])
+            before = str(backbone.tokenizer.decode(sequence[1:-length]))
             assert before
             assert ", ".join(history).endswith(before)
     (sequence,), (length,) = next_title_sequences(backbone, [["red tent"]], ["a" * 50], 20)

@@ -51,7 +51,8 @@ def test_losses_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     head = language_head(backbone, "test")
     tokens = [sequence[of.start : of.stop].tolist() for sequence, of in zip(SEQUENCES, POSITIONS, strict=True)]
     found = token_losses(backbone, head, SEQUENCES, POSITIONS, tokens, hide_later=True)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    model.eval()
     for sequence, of, loss in zip(SEQUENCES, POSITIONS, found.tolist(), strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.from_numpy(sequence).long()[None]).logits[0].log_softmax(dim=-1)

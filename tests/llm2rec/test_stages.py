@@ -105,7 +105,8 @@ def test_shares_of_masked_random_and_kept_tokens() -> None:
 
 def logits_both_ways(folder: Path, tokens: np.ndarray) -> torch.Tensor:
     """Every token sees every token, by an explicit mask."""
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    model.eval()
     size = len(tokens)
     with torch.no_grad():
         output = model(input_ids=torch.from_numpy(tokens).long()[None], attention_mask=torch.zeros(1, 1, size, size))
