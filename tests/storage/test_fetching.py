@@ -74,7 +74,8 @@ def test_clients_copy_their_own_domain_alone(shops: str, tmp_path: Path) -> None
         assert found is not None
         assert read_manifest(found[0]).name == found[0].name == "books"
     assert [entry.path.name.partition("-")[0] for entry in cache_entries(tmp_path / "cache")] == ["books"]
-    assert found is not None and domain_folder(shops, "books", config.cache_dir) == found[0]
+    assert found is not None
+    assert domain_folder(shops, "books", config.cache_dir) == found[0]
     with pytest.raises(DomainError, match="an address, expected a folder here"):
         domains_root(shops, config.cache_dir)
     with pytest.raises(ConfigError, match="has no domain toys; correct the address or the names"):
