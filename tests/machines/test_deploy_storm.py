@@ -10,6 +10,8 @@ from deploy_hosts import REPOSITORY, has_nginx
 
 pytestmark = [
     pytest.mark.deploy,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not has_nginx(), reason="nginx is not installed: apt-get install nginx"),
 ]
 
