@@ -72,10 +72,15 @@ def test_clients_copy_their_own_domain_alone(shops: str, tmp_path: Path) -> None
     for node in ({"partition-id": 1}, {"domain-path": f"{shops}/books"}):
         found = find_place(Context(1, 1, dict(node), RecordDict(), dict(to_flat(config))))
         assert found is not None
-        assert read_manifest(found[0]).name == found[0].name == "books"
+        folder = found[0]
+        assert read_manifest(folder).name == folder.name == "books"
     assert [entry.path.name.partition("-")[0] for entry in cache_entries(tmp_path / "cache")] == ["books"]
+<<<<<<< ours
     assert found is not None
     assert domain_folder(shops, "books", config.cache_dir) == found[0]
+=======
+    assert domain_folder(shops, "books", config.cache_dir) == folder
+>>>>>>> theirs
     with pytest.raises(DomainError, match="an address, expected a folder here"):
         domains_root(shops, config.cache_dir)
     with pytest.raises(ConfigError, match="has no domain toys; correct the address or the names"):
