@@ -75,12 +75,7 @@ def test_clients_copy_their_own_domain_alone(shops: str, tmp_path: Path) -> None
         folder = found[0]
         assert read_manifest(folder).name == folder.name == "books"
     assert [entry.path.name.partition("-")[0] for entry in cache_entries(tmp_path / "cache")] == ["books"]
-<<<<<<< ours
-    assert found is not None
-    assert domain_folder(shops, "books", config.cache_dir) == found[0]
-=======
     assert domain_folder(shops, "books", config.cache_dir) == folder
->>>>>>> theirs
     with pytest.raises(DomainError, match="an address, expected a folder here"):
         domains_root(shops, config.cache_dir)
     with pytest.raises(ConfigError, match="has no domain toys; correct the address or the names"):
