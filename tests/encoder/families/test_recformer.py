@@ -18,7 +18,7 @@ from fedmerge.domain.catalog import Catalog, make_catalog
 from fedmerge.encoder.backbone import Backbone, check_max_tokens, open_backbone
 from fedmerge.encoder.encode import embed_batch, encode
 from fedmerge.encoder.export.folder import export_model
-from fedmerge.encoder.lora import fresh_adapter
+from fedmerge.encoder.lora import attach, factors_of, fresh_adapter
 from fedmerge.encoder.text import Tokens, TokenTable, build_token_table, item_sequences, pack_sequences
 from fedmerge.errors import BackboneError
 
@@ -163,6 +163,18 @@ def test_a_text_alone_is_as_in_a_padded_batch(backbone: Backbone, catalog: Catal
     alone = torch.cat([encode(backbone, [sequence]) for sequence in sequences])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
     torch.testing.assert_close(together[0], together[3])  # an item is a history of its own
+
+
+def test_bfloat16_is_near_float32_with_gradients(folder: Path, backbone: Backbone) -> None:
+    half = open_backbone(BackboneSection(source=str(folder)), resolve_compute("cpu", "bfloat16"))
+    sequences = [drawn(length) for length in (5, 70, 200)]
+    assert (encode(half, sequences) * encode(backbone, sequences)).sum(dim=1).min() > 0.999
+    model = attach(half, ("attention", "query_global"), 2, 4, 0)
+    (embed_batch(half, sequences) @ torch.randn(32)).sum().backward()  # type: ignore[no-untyped-call]  # of PyTorch
+    gradients = {name: factors[1].grad for name, factors in factors_of(model).items()}
+    model.unload()
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
+    assert gradients["encoder.layer.1.attention.self.query_global"].any()  # type: ignore[union-attr]
 
 
 # Text
