@@ -56,7 +56,6 @@ METHODS: Mapping[int, tuple[str, ...]] = {
         "federated head, fused",
         "personal merge",
         "fedecider-style",
-        "llm2rec-style",
         "woven merge",
     ),
 }
