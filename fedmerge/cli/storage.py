@@ -53,7 +53,10 @@ def _push(options: argparse.Namespace) -> int:
     if (folder / "adapter_config.json").is_file() or (folder / MANIFEST_FILE).is_file():
         copied = push_folder(folder, options.address)
     else:
-        folder = find_run(options.folder, options.dir)
+        try:
+            folder = find_run(options.folder, options.dir)
+        except RunDirError as error:
+            raise RunDirError(f"{error} An adapter has adapter_config.json, a domain has {MANIFEST_FILE}.") from error
         if not (folder / DONE).is_file() or is_locked(folder):
             raise RunDirError(
                 f"{folder}: not finished, expected a run with {DONE}. Complete it: fedmerge run --resume {folder}"

@@ -103,7 +103,7 @@ def open_place(address: str) -> Place:
         files, path = fsspec.url_to_fs(address, **options)
     except ImportError as error:
         raise StorageError(
-            f"{address}: {scheme}:// needs a package that is not installed ({error.name or 'unknown'}). Install it: "
+            f"{address}: {scheme}:// needs a package that is not installed. Install it: "
             f"pip install 'fedmerge[{NEEDS[scheme]}]'"
         ) from error
     return Place(address, files, str(path).rstrip("/"))
