@@ -70,7 +70,7 @@ def lost(times: int, code: int) -> Answer:
     return bad_client("train", lose)
 
 
-@pytest.mark.parametrize("code", [5, 8], ids=["machine", "process"])
+@pytest.mark.parametrize("code", [5, 8, 3], ids=["machine", "process", "upload"])
 def test_a_client_that_returns_is_asked_again(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:

@@ -19,10 +19,12 @@ from sim.app.server.run import Run
 
 MOST_LOSSES = 3  # of a client, for one question; one that is lost more often is excluded
 
-# Flower's errors for a loss without a faulty client: the node's heartbeats stopped, or its process was killed.
+# Flower's errors for a loss without a faulty client: the node's heartbeats stopped, its process was killed, or its
+# connection ended within an upload, which Flower gives up after a while.
 LOSSES = {
     ErrorCode.NODE_UNAVAILABLE: "its machine or network is unavailable",
     ErrorCode.CLIENT_APP_CRASHED: "its process was killed",
+    ErrorCode.MESSAGE_UNAVAILABLE: "its answer arrived in part",
 }
 
 # Flower's text for the death of a simulated client's process; an exception of the client itself is a RayTaskError.
