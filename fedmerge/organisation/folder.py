@@ -210,7 +210,6 @@ def read_client(folder: Path) -> Client:
         return folder / Path(path).expanduser()  # an absolute path stays as it is
 
     cache_dir, domain = place(settings.cache_dir), settings.domain
-
     backbone = str(place(settings.backbone)) if place(settings.backbone).is_dir() else settings.backbone
     return Client(
         folder,

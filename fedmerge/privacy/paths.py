@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-# From a slash or ~/ at the start of a word to its last slash; addresses (https://…) do not match.
-_STORAGE = re.compile(r"\b(?:s3|gs|file|memory)://(?:[^\s'\",;:()\[\]/]*/)*")  # up to the last slash
+_STORAGE = re.compile(r"\b(?:s3|gs|file|memory)://(?:[^\s'\",;:()\[\]/]*/)*")  # an address up to its last slash
+# From a slash or ~/ at the start of a word to its last slash; other addresses (https://…) do not match.
 _PATH = re.compile(r"(?<![\w.:/~…])~?/(?:[^\s'\",;:()\[\]/]*/)*")
 
 

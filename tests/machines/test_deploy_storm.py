@@ -29,5 +29,9 @@ def test_a_storm_and_the_loss_of_a_third_end_complete_and_replies_come_in_bulk(t
     assert looked, done.stdout
     assert float(looked[2]) > 1.2  # 1 if there were a request for each answer
     assert int(looked[3]) >= 16  # describe, train, and evaluations on validation and test
-    # 412: a node that is back too early; 499: the killed node's own end
-    assert re.search(r"to nodes: \{'200': \d+(, '412': \d+)?(, '499': \d+)?\}", done.stdout), done.stdout
+    answers = re.search(r"to nodes: (\{[^}]*\})", done.stdout)
+    assert answers, done.stdout
+    counts = {int(code): int(number) for code, number in re.findall(r"'(\d+)': (\d+)", answers[1])}
+    # 412: a node that is back too early. 499: the killed node ended within a request, of which it has two at a time.
+    assert {*counts} <= {200, 412, 499}, done.stdout
+    assert counts.get(499, 0) <= 2, done.stdout
