@@ -23,7 +23,7 @@ from fedmerge.files import read_json, write_json
 from fedmerge.report.bench_tables import BenchTables, read_bench_tables
 from sim.local.bench import run_bench
 
-pytestmark = pytest.mark.federation
+pytestmark = [pytest.mark.federation, pytest.mark.timeout(900)]  # two starts of Flower, four of Ray
 
 
 def test_a_grid_killed_ten_times_gives_the_same_tables(
