@@ -8,8 +8,8 @@ called on batches sorted by length, as in training. The model is a BERT built fr
 with random weights, by default of MiniLM's size (6 layers of width 384). Token ids are random; lengths are those of a
 shop: three items of 20 to 60 tokens for each user of 65 to 128 tokens.
 
-Operations are counted on real tokens, never on padding, for a sequence of n tokens and each of the L layers of width d
-and inner width f:  2 n (4 d² + 2 d f)  for the linear layers and  4 n² d  for attention. The peak is that of the two
+Operations are counted on real tokens, never on padding, for a sequence of n tokens: 2 n for each weight of the linear
+layers, and 4 n² d for attention in each layer of width d. The peak is that of the two
 feed-forward products, (8192 x d)·(d x f) and (8192 x f)·(f x d), without bias, timed in the same turns.
 """
 
@@ -86,8 +86,12 @@ def operations(backbone: Backbone, sequences: list[Tokens]) -> float:
     """Return the floating point operations on real tokens."""
     config = backbone.model.config
     n = np.array([len(sequence) for sequence in sequences], dtype=np.float64)
-    d, f = config.hidden_size, config.intermediate_size
-    return float(config.num_hidden_layers * (2 * n * (4 * d * d + 2 * d * f) + 4 * n * n * d).sum())
+    weights = sum(
+        module.weight.numel()
+        for name, module in backbone.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "layer" in name
+    )
+    return float((2 * n * weights + config.num_hidden_layers * 4 * n * n * config.hidden_size).sum())
 
 
 @torch.inference_mode()

@@ -35,7 +35,7 @@ from fedmerge.domain.catalog import Catalog
 from fedmerge.domain.demo import write_demo
 from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.encode import tokens_at_once
-from fedmerge.encoder.frozen import frozen_products, using
+from fedmerge.encoder.fast.frozen import frozen_products, using
 from fedmerge.encoder.lora import attach
 
 BATCH, MAX_TOKENS, ALPHA, LEARNING_RATE = 64, 96, 16, 1e-3

@@ -30,7 +30,7 @@ from fedmerge.client.training.plain_sgd import batch_steps, check_loss
 from fedmerge.config import ExperimentConfig, Train, load_config
 from fedmerge.domain.splits import Examples, evaluation_examples
 from fedmerge.encoder.encode import embed_in_groups, encode
-from fedmerge.encoder.frozen import frozen_products, using
+from fedmerge.encoder.fast.frozen import frozen_products, using
 from fedmerge.encoder.lora import applied
 from fedmerge.evaluation.ranks import METRICS, per_user_metrics, rank_targets
 from fedmerge.files import write_json

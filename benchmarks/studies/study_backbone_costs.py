@@ -26,7 +26,7 @@ from fedmerge.client.training.batches import training_batches
 from fedmerge.client.training.plain_sgd import training_step
 from fedmerge.config import ExperimentConfig, load_config
 from fedmerge.encoder.encode import encode, tokens_at_once
-from fedmerge.encoder.frozen import frozen_products, using
+from fedmerge.encoder.fast.frozen import frozen_products, using
 from fedmerge.encoder.lora import attach
 
 Costs = dict[str, float]

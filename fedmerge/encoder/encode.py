@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fedmerge.encoder.attention import attends_globally
 from fedmerge.encoder.backbone import Backbone
-from fedmerge.encoder.fused import fused_encoder
+from fedmerge.encoder.fast.fused import fused_encoder
 from fedmerge.encoder.text import PADDING, Tokens
 
 TOKENS_PER_BATCH = 4096  # larger batches are not faster on a CPU: they exceed its caches

@@ -25,7 +25,7 @@ from fedmerge.encoder.attention import attention_dropout, dropping_layers
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.encode import embed_in_groups
 from fedmerge.encoder.families import check_decoder
-from fedmerge.encoder.frozen import frozen_products, using
+from fedmerge.encoder.fast.frozen import frozen_products, using
 from fedmerge.encoder.lora import adapter_of, applied, attach
 from fedmerge.encoder.text import leading_blank, tokenise
 from fedmerge.errors import BackboneError, MergeError

@@ -22,7 +22,8 @@ from fedmerge.domain.folder import write_domain
 from fedmerge.domain.interactions import make_interactions
 from fedmerge.encoder.backbone import Backbone, check_max_tokens, load_backbone
 from fedmerge.encoder.encode import embed_batch, embed_in_groups, encode, length_batches, tokens_at_once
-from fedmerge.encoder.frozen import frozen_products, packs_bfloat16, using
+from fedmerge.encoder.fast.frozen import frozen_products, using
+from fedmerge.encoder.fast.products import packs_bfloat16
 from fedmerge.encoder.lora import attach
 from fedmerge.encoder.text import (
     SpecialTokens,

@@ -18,7 +18,7 @@ from fedmerge.client.training.loop import Attached, Step, StepResult
 from fedmerge.client.training.losses import TEMPERATURE, catalog_softmax, in_batch_softmax, proximal_term
 from fedmerge.config import Train
 from fedmerge.encoder.encode import embed_in_groups, encode, tokens_at_once
-from fedmerge.encoder.frozen import frozen_products, using
+from fedmerge.encoder.fast.frozen import frozen_products, using
 from fedmerge.errors import DivergedError
 
 

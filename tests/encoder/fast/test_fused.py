@@ -3,21 +3,24 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tiny_families
 import torch
 from adapters import layout_of, random_adapter
 from backbones import tiny_bert, tiny_roberta
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaModel, Qwen2Model
 
 from fedmerge.backbone_files import MINILM, MINILM_PACKAGE
 from fedmerge.device import resolve_compute
+from fedmerge.encoder.attention import attend_both_ways
 from fedmerge.encoder.backbone import Backbone, load_backbone
 from fedmerge.encoder.encode import embed_batch, encode
-from fedmerge.encoder.frozen import packs_bfloat16
-from fedmerge.encoder.fused import fused_encoder
+from fedmerge.encoder.fast.fused import fused_encoder
+from fedmerge.encoder.fast.products import packs_bfloat16
 from fedmerge.encoder.lora import applied, attach
 from fedmerge.encoder.text import Tokens
 
@@ -28,10 +31,10 @@ needs_bfloat16 = pytest.mark.skipif(
 )
 
 
-def decoder(folder: Path) -> Backbone:
+def decoder(folder: Path, model_class: Any = LlamaModel) -> Backbone:
     """A two-layer causal model with grouped keys, the last token's vector, and a gated block without bias."""
     roberta = load_backbone(str(tiny_roberta(folder)), "last", HALF)
-    config = LlamaConfig(
+    config = model_class.config_class(
         vocab_size=len(roberta.tokenizer),
         hidden_size=32,
         num_hidden_layers=2,
@@ -43,18 +46,36 @@ def decoder(folder: Path) -> Backbone:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = LlamaModel(config).train(False).requires_grad_(False)
-    for parameter in model.parameters():
+        model = model_class(config).train(False).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        draw = torch.Generator().manual_seed(parameter.numel())
         if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+            torch.nn.init.normal_(parameter, std=0.2, generator=draw)
+        else:  # norms and biases that count
+            torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, std=0.3, generator=draw)
     return replace(roberta, model=model)
+
+
+def both_ways(folder: Path) -> Backbone:
+    """A decoder whose tokens see each other, read at their mean."""
+    backbone = replace(decoder(folder), pooling="mean")
+    assert attend_both_ways(backbone.model)
+    return backbone
 
 
 FAMILIES: dict[str, Callable[[Path], Backbone]] = {
     "bert": lambda folder: load_backbone(str(tiny_bert(folder)), "mean", HALF),
     "roberta": lambda folder: load_backbone(str(tiny_roberta(folder)), "cls", HALF),
-    "decoder": decoder,
+    "mpnet": lambda folder: load_backbone(str(tiny_families.mpnet(folder)), "mean", HALF),
+    "llama": decoder,
+    "both ways": both_ways,
+    "qwen2": lambda folder: decoder(folder, Qwen2Model),
+    "qwen3": lambda folder: load_backbone(str(tiny_families.qwen3(folder)), "last", HALF),
+    "mistral": lambda folder: load_backbone(str(tiny_families.mistral(folder)), "last", HALF),
+    "gemma": lambda folder: load_backbone(str(tiny_families.gemma(folder)), "last", HALF),
+    "modernbert": lambda folder: load_backbone(str(tiny_families.modernbert(folder)), "mean", HALF),
 }
+ORDINARY = {"gemma", "modernbert"}
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -207,9 +228,41 @@ def test_what_is_not_plain_takes_the_ordinary_path(bert: Backbone, change: Calla
 
 
 @needs_bfloat16
-def test_two_families_are_fused_and_others_are_not(tmp_path: Path) -> None:
-    fused = {name: fused_encoder(build(tmp_path / name)) is not None for name, build in FAMILIES.items()}
-    assert fused == {"bert": True, "roberta": True, "decoder": False}
+def test_which_families_are_fused(tmp_path: Path) -> None:
+    fused = {name for name, build in FAMILIES.items() if fused_encoder(build(tmp_path / name)) is not None}
+    assert fused == FAMILIES.keys() - ORDINARY
+
+
+def with_windows(backbone: Backbone) -> Backbone:
+    backbone.model.config.layer_types = ["full_attention", "sliding_attention"]
+    return backbone
+
+
+def with_rotations_of_the_longest_text(backbone: Backbone) -> Backbone:
+    backbone.model.config.rope_parameters["rope_type"] = "dynamic"
+    return backbone
+
+
+@pytest.mark.parametrize("change", [with_windows, with_rotations_of_the_longest_text])
+def test_decoders_that_differ_take_the_ordinary_path(tmp_path: Path, change: Callable[[Backbone], Backbone]) -> None:
+    assert fused_encoder(change(decoder(tmp_path, Qwen2Model))) is None
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("family", ["mpnet", "llama", "qwen2", "qwen3", "mistral"])
+def test_lora_on_every_linear_layer_counts(tmp_path: Path, family: str) -> None:
+    backbone = FAMILIES[family](tmp_path)
+    sequences = random_sequences(backbone, 20, 30)
+    bare = encode(backbone, sequences)
+    model = attach(backbone, ["all-linear"], rank=4, alpha=8, seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    assert fused_encoder(backbone) is not None
+    exact = encode(in_float32(backbone), sequences)
+    found, plain = encode(backbone, sequences), under_autocast(backbone, sequences)
+    assert distances(found, bare).min() > 1e-3
+    assert distances(found, exact).mean() < 1.1 * distances(plain, exact).mean()
 
 
 def test_gradients_never_meet_the_fused_path(bert: Backbone) -> None:

@@ -4,16 +4,14 @@ Autocast caches the casts of trained weights only, and oneDNN packs a weight for
 the last bit.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from fedmerge.encoder.backbone import Backbone
-
-PACKED_ROWS = 4096  # number of rows that oneDNN packs the weights for
-Product = Callable[[torch.Tensor], torch.Tensor]
+from fedmerge.encoder.fast.products import Product, packed, packs_bfloat16
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -29,16 +27,6 @@ class _FrozenLinear(torch.autograd.Function):
         gradient = gradients[0].bfloat16()
         x = torch.ops.mkldnn._linear_pointwise(gradient, ctx.transposed, None, "none", [], "none")
         return x.to(ctx.dtype), None, None, None
-
-
-def packs_bfloat16() -> bool:
-    """Return True if oneDNN multiplies packed bfloat16 matrices on this machine."""
-    return bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def packed(weight: torch.Tensor) -> Any:
-    """Pack a weight (out, in) in bfloat16 for oneDNN."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16().contiguous(), PACKED_ROWS)
 
 
 def frozen_products(backbone: Backbone) -> dict[torch.nn.Linear, Product]:
