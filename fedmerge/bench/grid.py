@@ -24,6 +24,7 @@ from fedmerge.errors import ConfigError, RunDirError
 from fedmerge.files import read_json, write_json
 
 BENCHMARK = "benchmark.json"
+OF_TABLES = {"benchmark.title", "benchmark.baseline"}  # what decides about a benchmark's tables alone
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,8 @@ class Grid:
 def open_folder(folder: Path, bench: Bench) -> None:
     """Create a benchmark's folder, or check that an existing one belongs to this benchmark.
 
+    Title and baselines decide about its tables alone, so they may differ; the folder then has the new ones.
+
     Raises:
         ConfigError: the folder holds another benchmark, cells trained with another split of users into batches, or
             other files.
@@ -201,6 +204,9 @@ def open_folder(folder: Path, bench: Bench) -> None:
     elif kept != json.loads(json.dumps(wanted)):
         flat = {name: flatten(of) for name, of in {"kept": kept, "wanted": wanted}.items()}
         keys = [key for key in {**flat["kept"], **flat["wanted"]} if flat["kept"].get(key) != flat["wanted"].get(key)]
+        if set(keys) <= OF_TABLES:
+            write_json(folder / BENCHMARK, wanted)
+            return
         if keys == ["batches"]:
             raise ConfigError(
                 f"{folder}: its trainings split users into batches as {kept.get('batches', 'floor')!r}, expected "

@@ -1,17 +1,21 @@
 """Benchmark files and folders: valid ones, and errors before anything runs."""
 
 import itertools
+import shutil
 from pathlib import Path
 
 import pytest
+from in_process import grid_in, here, tables_of, train
 from small_bench import FILE, REPOSITORY
 
 from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid, open_folder
+from fedmerge.bench.stages import run_grid
 from fedmerge.config import DEMO_ROOT
 from fedmerge.domain.demo import BUNDLED_DOMAINS
 from fedmerge.errors import ConfigError, RunDirError
 from fedmerge.federated.rules import RULES, check_rounds
+from fedmerge.files import read_json
 from fedmerge.merging.methods import METHODS
 from fedmerge.report.bench_tables import BenchTables
 from sim.local.bench import run_bench
@@ -25,6 +29,23 @@ def test_command_line_settings_change_the_experiment(bench_place: Path) -> None:
     assert (experiment.cache_dir, experiment.train.max_steps, experiment.seed) == ("/elsewhere", 3, 1)
     with pytest.raises(ConfigError, match=r"train.max_step.*train.max_steps"):
         load_bench(bench_place / "bench.toml", ["train.max_step=3"])
+
+
+def test_other_baselines_change_the_tables_of_a_finished_benchmark_and_repeat_nothing(
+    bench_place: Path, finished_bench: tuple[Grid, BenchTables, list[str]]
+) -> None:
+    shutil.copytree(finished_bench[0].folder, bench_place / "compared")
+    cells = {path: path.stat().st_mtime_ns for path in (bench_place / "compared").rglob("*.npz")}
+    (bench_place / "compared.toml").write_text(
+        FILE.replace('baseline = "average"', 'baseline = ["expert", "last-item"]').replace("A small", "Another")
+    )
+    grid = grid_in(bench_place, "compared", "compared.toml")
+    assert run_grid(grid, train, here, lambda line: None) == []
+    assert cells == {path: path.stat().st_mtime_ns for path in (bench_place / "compared").rglob("*.npz")}
+    tables = tables_of(grid)
+    assert {row["baseline"] for row in tables.comparisons} == {"expert", "last-item"}
+    assert tables.results == finished_bench[1].results
+    assert read_json(bench_place / "compared" / "benchmark.json")["benchmark"]["title"] == "Another benchmark"
 
 
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "configs" / "bench").rglob("*.toml")), ids=lambda file: file.stem)
