@@ -154,8 +154,8 @@ def fusion(client: Client) -> Callable[[], object]:
         SequenceModel(len(client.domain.catalog), settings, client.vectors).eval(),
         client.examples("valid"),
     )
-    text = client.text(examples)
-    return lambda: choose_weights(head_sources(model, text, examples.histories), examples.targets, None)
+    text, towards, users = client.text(examples), (0.0, 0.5, 0.5), len(examples.targets)
+    return lambda: choose_weights(head_sources(model, text, examples.histories), examples.targets, None, towards, users)
 
 
 def serve(client: Client) -> Callable[[], object]:

@@ -79,7 +79,7 @@ def rankings(num_users: int, num_items: int) -> dict[str, Callable[[], object]]:
         "text alone": lambda: rank_targets(sources[1].user_vectors, sources[1].item_vectors, targets, seen),
         "all three alone": lambda: [rank_targets(s.user_vectors, s.item_vectors, targets, seen) for s in sources],
         "fused": lambda: fused_ranks(sources, WEIGHTS, targets, seen),
-        "66 weights chosen": lambda: choose_weights(sources, targets, seen),
+        "66 weights chosen": lambda: choose_weights(sources, targets, seen, (0, 0.5, 0.5), len(targets)),
     }
 
 

@@ -209,7 +209,7 @@ def fused_rows(
         ]
         for examples, vectors in zip((select, report), users, strict=True)
     )
-    choice = choose_weights(of_select, select.targets, select.histories)
+    choice = choose_weights(of_select, select.targets, select.histories, (0, 0.5, 0.5), len(select.targets))
     weights = {
         "head": (1.0, 0.0, 0.0),
         "text": (0.0, 1.0, 0.0),

@@ -15,6 +15,7 @@ SCORES_PER_BLOCK = 2**20  # of one source: 4 MiB of float32, and about 2 + numbe
 USERS_PER_BLOCK = 8  # at least: a large catalog does not fit the cache and is read once for each block
 ROUNDING = 1e-6  # spread of scores, relative to the largest, that float32 inner products of equal items can have
 MASKED = -1e6  # standardised score of a seen item: below every score of a catalog
+CAUTIOUS_USERS = 200  # a domain's chosen weights are held back as by so many more users who keep to the given ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +94,30 @@ def fused_ranks(
 
 
 def choose_weights(
-    sources: Sequence[Source], targets: IntArray, seen: Sequence[IntArray] | None, step: float = 0.1
+    sources: Sequence[Source],
+    targets: IntArray,
+    seen: Sequence[IntArray] | None,
+    towards: Sequence[float],
+    num_users: int,
+    step: float = 0.1,
 ) -> FusionChoice:
-    """Return the weights in steps of ``step`` with the best NDCG@10.
+    """Return the weights in steps of ``step`` with the best NDCG@10, held back where a domain has few users.
 
-    Scores are computed and standardised once, not once for each combination of weights.
+    w = (N · w_best + n₀ · w_0) / (N + n₀)  for N users and n₀ = CAUTIOUS_USERS: few users overfit both a source that is
+    trained on them and the choice of its weight. Scores are computed and standardised once, not once for each
+    combination of weights.
 
     Args:
         sources: of the same U validation users and N items.
         targets: (U,) item index of each user's one relevant item.
         seen: as in :func:`fused_ranks`.
+        towards: w_0, weights that need no users.
+        num_users: N, users of the domain.
         step: 1 / step is a whole number.
 
     Returns:
-        The weights and their NDCG@10. Among equals those with the largest weight of the first source, then of the
-        second, and so on.
+        The weights and their NDCG@10. Of equally good ones those with the largest weight of the first source count,
+        then of the second, and so on.
 
     Raises:
         LayoutMismatchError: sources, targets or seen items do not fit each other.
@@ -131,8 +141,9 @@ def choose_weights(
         if max(weights) == 1:
             ranks[row] = fused_ranks(sources, weights, targets, seen)
     ndcgs = [selection_score(of_weights) for of_weights in ranks]
-    best = int(np.argmax(ndcgs))
-    return FusionChoice(grid[best], ndcgs[best])
+    both = zip(grid[int(np.argmax(ndcgs))], towards, strict=True)
+    weights = tuple((num_users * best + CAUTIOUS_USERS * start) / (num_users + CAUTIOUS_USERS) for best, start in both)
+    return FusionChoice(weights, selection_score(fused_ranks(sources, weights, targets, seen)))
 
 
 def _check(sources: Sequence[Source], weights: Sequence[float]) -> list[int]:

@@ -67,7 +67,7 @@ def test_one_source_alone_can_be_fused() -> None:
     assert np.array_equal(
         fused_ranks([part], [1.0], TARGETS), rank_targets(part.user_vectors, part.item_vectors, TARGETS)
     )
-    assert choose_weights([part], TARGETS, None).weights == (1.0,)
+    assert choose_weights([part], TARGETS, None, [1], 1).weights == (1.0,)
 
 
 @pytest.mark.parametrize("change", ["scaled", "constant added"])
@@ -102,7 +102,7 @@ def test_equal_scores_say_nothing_and_equal_items_are_ties() -> None:
 
 @ALL_SEEN
 @pytest.mark.parametrize("num_sources", [2, 3])
-def test_the_best_of_all_weights_is_chosen(
+def test_the_best_of_all_weights_is_chosen_and_shrunk(
     num_sources: int, seen: list[IntArray] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Some users follow one source and some another, so that a mixture is best.
@@ -116,13 +116,26 @@ def test_the_best_of_all_weights_is_chosen(
             ranks = fused_ranks(sources, weights, targets, seen)
             found[weights] = float(per_user_metrics(ranks)[:, METRICS.index("ndcg@10")].mean())
     best = max(found.values())
+    chosen = max(weights for weights, ndcg in found.items() if ndcg == best)
+    towards = (0.0, 1.0, 0.0)[:num_sources]  # as if 200 more users kept to them
+    shrunk = tuple((50 * weight + 200 * start) / 250 for weight, start in zip(chosen, towards, strict=True))
+    ranks = fused_ranks(sources, shrunk, targets, seen)
+    ndcg = float(per_user_metrics(ranks)[:, METRICS.index("ndcg@10")].mean())
     monkeypatch.setattr(fusion, "USERS_PER_BLOCK", 1)
     for scores_per_block in (1, 7 * NUM_ITEMS, fusion.SCORES_PER_BLOCK):
         monkeypatch.setattr(fusion, "SCORES_PER_BLOCK", scores_per_block)
-        choice = choose_weights(sources, targets, seen)
-        assert choice.ndcg == best == found[choice.weights]
-        assert choice.weights == max(weights for weights, ndcg in found.items() if ndcg == best)
+        choice = choose_weights(sources, targets, seen, towards, 50)
+        assert choice.weights == pytest.approx(shrunk)
+        assert choice.ndcg == pytest.approx(ndcg)
     assert best > max(found[tuple(float(i == j) for j in range(num_sources))] for i in range(num_sources))
+
+
+def test_a_domain_of_many_users_is_hardly_held_back() -> None:
+    head, text, _ = SOURCES
+    targets = standardised(head).argmax(axis=1)  # the head is always right
+    for num_users, weight in [(0, 0.0), (200, 0.5), (19_800, 0.99)]:
+        choice = choose_weights((head, text), targets, None, (0, 1), num_users)
+        assert choice.weights == pytest.approx((weight, 1 - weight))
 
 
 def test_scores_of_few_users_are_ranked_as_those_of_many() -> None:
@@ -139,13 +152,13 @@ def test_what_does_not_fit_is_refused() -> None:
             fused_ranks((head, text), weights, TARGETS)
     shorter = Source("text", text.user_vectors, text.item_vectors[:-1])
     with pytest.raises(LayoutMismatchError, match=r"\(30, 49\), \(30, 50\)"):
-        choose_weights((head, shorter), TARGETS, None)
+        choose_weights((head, shorter), TARGETS, None, (0, 1), 1)
     with pytest.raises(LayoutMismatchError, match="one item for each of 30 users"):
         fused_ranks((head, text), (0.5, 0.5), TARGETS[:-1])
     wild = Source("head", head.user_vectors * float("inf"), head.item_vectors)
     for ranked in (
         lambda: fused_ranks((wild, text), (0.5, 0.5), TARGETS),
-        lambda: choose_weights((wild, text), TARGETS, None),
+        lambda: choose_weights((wild, text), TARGETS, None, (0, 1), 1),
     ):
         with pytest.raises(DivergedError, match="NaN or infinite"):
             ranked()

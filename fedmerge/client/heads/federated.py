@@ -65,7 +65,12 @@ def federated_weights(
     make_folder(path.parent)
     of = fusion_models(adapter, head)
     fusion = load_or_choose_fusion(
-        path, of, sources, validation, lambda line: progress(f"{name}: federated head: {line}")
+        path,
+        of,
+        sources,
+        validation,
+        domain.interactions.num_users,
+        lambda line: progress(f"{name}: federated head: {line}"),
     )
     return {variant: choice.weights for variant, choice in fusion.items()}
 

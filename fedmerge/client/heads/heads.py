@@ -33,7 +33,7 @@ from fedmerge.evaluation.sums import FEDERATED_HEAD, RECENT_ITEMS, VARIANTS, Var
 from fedmerge.files import exclusive, read_sealed, seal, write_json
 from fedmerge.sequence.anchored import anchored_source, recent_items_source, whitened, whitening
 from fedmerge.sequence.contrast import Contrast
-from fedmerge.sequence.fusion import FusionChoice, choose_weights, fused_ranks
+from fedmerge.sequence.fusion import CAUTIOUS_USERS, FusionChoice, choose_weights, fused_ranks
 from fedmerge.sequence.model import SequenceModel, SequenceSettings
 from fedmerge.sequence.ranking import Source, represented, sequence_source
 from fedmerge.sequence.training import train_sequence_model
@@ -132,7 +132,8 @@ def load_or_train_head(
         return head_sources(model, text, validation.histories, anchor)
 
     path, of = fusion_path(folder, domain, adapter, anchor), fusion_models(adapter, anchor)
-    fusion = load_or_choose_fusion(path, of, sources, validation, lambda line: progress(f"{name}: {line}"))
+    users = domain.interactions.num_users
+    fusion = load_or_choose_fusion(path, of, sources, validation, users, lambda line: progress(f"{name}: {line}"))
     return LocalHead(model, fusion, trained.report, cached, anchor)
 
 
@@ -194,15 +195,19 @@ def load_or_choose_fusion(
     of: Mapping[str, str],
     sources: Callable[[], Sequence[Source]],
     validation: Examples,
+    num_users: int,
     progress: Progress,
 ) -> dict[Variant, FusionChoice]:
     """Return the weights of a fusion: from a file, else chosen on validation users and written to it.
+
+    They are held back towards equal weights of all sources but the domain's own head.
 
     Args:
         path: the file.
         of: :func:`fusion_models`, which the file names.
         sources: returns the sources of the validation users.
         validation: at least one user.
+        num_users: of the domain.
         progress: receives a line for each variant that is chosen.
 
     Raises:
@@ -211,11 +216,15 @@ def load_or_choose_fusion(
     if (found := read_fusion(path)) is not None:
         return found
     fused = sources()
-    fusion = {v: choose_weights(fused, validation.targets, seen_items(validation, v)) for v in VARIANTS}
+    given = [source.label != HEAD for source in fused]  # not trained by the domain
+    towards = [is_given / sum(given) for is_given in given]
+    fusion = {
+        v: choose_weights(fused, validation.targets, seen_items(validation, v), towards, num_users) for v in VARIANTS
+    }
     write_json(path, seal({variant: asdict(choice) for variant, choice in fusion.items()} | dict(of)))
     names = " + ".join(source.label for source in fused)
     for variant, choice in fusion.items():
-        weights = " + ".join(f"{weight:.1f}" for weight in choice.weights)
+        weights = " + ".join(f"{weight:.2f}" for weight in choice.weights)
         progress(f"fusion {variant}: {weights} of {names}, validation ndcg@10 {choice.ndcg:.4f}")
     return fusion
 
@@ -409,11 +418,13 @@ def fusion_path(folder: Path, domain: LocalDomain, adapter: Adapter | None, anch
 
 
 def fusion_models(adapter: Adapter | None, anchor: Adapter | None) -> dict[str, str]:
-    """Return what :func:`find_fusion` knows a fusion by: its models' hashes, empty for those it lacks; its sources."""
+    """Return what :func:`find_fusion` knows a fusion by: its models' hashes, empty for those it lacks, and how."""
     return {
         "adapter": model_hash(adapter),
         "anchor": model_hash(anchor),
-        "sources": ", ".join(source_names(anchor)[1:]),  # a cache of an earlier version may have others
+        # A cache of an earlier version may have other ones:
+        "sources": ", ".join(source_names(anchor)[1:]),
+        "weights": f"held back by {CAUTIOUS_USERS} users",
     }
 
 

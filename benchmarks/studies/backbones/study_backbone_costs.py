@@ -1,7 +1,8 @@
 """Study: what a training step and an encoded item cost with each backbone, and the memory of a client that trains.
 
-    python benchmarks/studies/study_backbone_costs.py configs/amazon3-smollm2.toml --domain data/amazon-2000/Toys \\
-        --backbones sentence-transformers/all-MiniLM-L6-v2 models/all-mpnet-base-v2 models/SmolLM2-135M-Instruct
+    python benchmarks/studies/backbones/study_backbone_costs.py configs/amazon3-smollm2.toml \\
+        --domain data/amazon-2000/Toys --backbones sentence-transformers/all-MiniLM-L6-v2 \\
+            models/all-mpnet-base-v2 models/SmolLM2-135M-Instruct
 
 Texts, adapter, batches and the tokens whose activations are held at once are those of the experiment. Each backbone has
 a process of its own in every turn; times are CPU seconds, the first step and the first piece of items are not counted.

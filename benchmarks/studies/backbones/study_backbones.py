@@ -1,7 +1,8 @@
 """Study: backbones without any training, side by side on the same validation users of domains.
 
-    python benchmarks/studies/study_backbones.py data/amazon/Beauty data/amazon/Pantry --out study/backbones \\
-        --backbones sentence-transformers/all-MiniLM-L6-v2 models/all-mpnet-base-v2 models/SmolLM2-135M-Instruct
+    python benchmarks/studies/backbones/study_backbones.py data/amazon/Beauty data/amazon/Pantry \\
+        --out study/backbones --backbones sentence-transformers/all-MiniLM-L6-v2 \\
+            models/all-mpnet-base-v2 models/SmolLM2-135M-Instruct
 
 Rows of each backbone: the text of the history in both orders, the last item, and whitened recent items, by the
 backbone's own vectors. Conventions are those of ``backbone.family = auto``. Differences are paired over users, to the
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
-from study_adapter_under_head import CONFIG
 
 from fedmerge.bench.ranking import backbone_of
 from fedmerge.client.cache.folders import inputs_key
@@ -42,6 +42,7 @@ from fedmerge.evaluation.sums import (
 from fedmerge.files import make_folder, write_bytes, write_json
 from fedmerge.sequence.anchored import recent_items_source
 
+CONFIG = Path(__file__).resolve().parents[3] / "configs" / "amazon3.toml"
 PIECE = 500  # texts that are encoded before their vectors are kept
 ORDERS: tuple[Order, ...] = ("newest-first", "newest-last")
 ROWS = (*(f"text, {order}" for order in ORDERS), LAST_ITEM, RECENT_ITEMS)

@@ -1,7 +1,7 @@
 """Study: which learning rate, and how many steps, serve a domain's expert? On validation users alone.
 
-    python benchmarks/studies/study_expert_rates.py configs/amazon3-smollm2.toml --domain data/amazon-2000/Pantry \\
-        --rates 2e-5 1e-4 5e-4 --set train.validate_every_steps=25
+    python benchmarks/studies/backbones/study_expert_rates.py configs/amazon3-smollm2.toml \\
+        --domain data/amazon-2000/Pantry --rates 2e-5 1e-4 5e-4 --set train.validate_every_steps=25
 
 One training for each rate with all other settings as they are, and NDCG@10 (unmasked) of the validation users at every
 validation, step 0 being the bare backbone. Test is not read. An expert that a run trains is the best of these steps.
