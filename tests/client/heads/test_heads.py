@@ -14,7 +14,7 @@ from adapters import layout_of, random_adapter
 
 from fedmerge.adapter import Adapter
 from fedmerge.client.audit.users import prepare_for_audit
-from fedmerge.client.evaluate import encode_text, model_ranks
+from fedmerge.client.evaluate import encode_text, model_ranks, seen_items
 from fedmerge.client.heads.heads import (
     LocalHead,
     head_ranks,
@@ -31,7 +31,7 @@ from fedmerge.errors import ClientError, DomainError
 from fedmerge.evaluation.ranks import METRICS, IntArray, per_user_metrics, rank_targets
 from fedmerge.evaluation.sums import VARIANTS, Variant
 from fedmerge.sequence.anchored import anchored_source, text_head, whitened, whitening
-from fedmerge.sequence.fusion import FusionChoice
+from fedmerge.sequence.fusion import FusionChoice, choose_weights
 
 SMALL = Head(kind="local", hidden_size=8, max_epochs=3, dropout=0.1)
 
@@ -309,7 +309,17 @@ def test_a_federated_head_is_one_more_source_of_the_fusion(toys: LocalDomain, ad
     head = load_or_train_head(toys, adapter, SMALL, None, 0, str(tmp_path), anchor=anchor)
     (folder,) = heads_on_disk(tmp_path)
     assert len(list(folder.glob("fusion-*.json"))) == 2  # the model is trained once
-    assert all(len(head.fusion[variant].weights) == len(choice.weights) + 1 for variant, choice in alone.fusion.items())
+    validation = evaluation_examples(toys.interactions, "valid", None, 0)
+    text = encode_text(toys, adapter, validation.histories)
+    without, anchored = (head_sources(head.model, text, validation.histories, shared) for shared in (None, anchor))
+    for variant, choice in alone.fusion.items():
+        assert len(head.fusion[variant].weights) == len(choice.weights) + 1
+        seen = seen_items(validation, variant)
+        best, more = (  # of so many users that nothing is held back
+            choose_weights(sources, validation.targets, seen, [1, *[0] * (len(sources) - 1)], 10**9).ndcg
+            for sources in (without, anchored)
+        )
+        assert more >= best
     assert {*head_report(head, exact=True)["weights"]["masked"]} == {"head", "text", "recent items", "federated head"}
     examples = evaluation_examples(toys.interactions, "test", None, 0)
     only = FusionChoice((0.0, 0.0, 0.0, 1.0), 0.0)
