@@ -45,7 +45,11 @@ def resolve_compute(device: str = "auto", precision: str = "auto") -> Compute:
     resolved = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     if precision != "auto":
         return Compute(resolved, torch.bfloat16 if precision == "bfloat16" else None, f"{resolved}, {precision} as set")
-    native = torch.cuda.is_bf16_supported() if resolved.type == "cuda" else _cpu_multiplies_bfloat16()
+    native = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if resolved.type == "cuda"
+        else _cpu_multiplies_bfloat16()
+    )
     if native:
         return Compute(resolved, torch.bfloat16, f"{resolved}, bfloat16: native here")
     return Compute(resolved, None, f"{resolved}, float32: bfloat16 is not native here")

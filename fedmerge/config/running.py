@@ -1,8 +1,8 @@
 """Sections about a run: evaluation, the server, the gate in front of the merge, compute, and simulations."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from fedmerge.config.section import DOMAIN_NAME, Section, twice
 
@@ -104,6 +104,18 @@ class Admission(Section):
         return self
 
 
+def _gpus(value: object) -> object:
+    number = value
+    if isinstance(value, str) and value != "auto":
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1
+    if isinstance(number, int | float) and not (0 <= number <= 1 or (number > 1 and float(number).is_integer())):
+        raise ValueError("expected 'auto', a share of a GPU from 0 to 1, or a whole number of them")
+    return number
+
+
 class Runtime(Section):
     """Compute on each side."""
 
@@ -111,8 +123,11 @@ class Runtime(Section):
         1, ge=1, description="PyTorch threads of a client; also its CPUs in the simulation."
     )
     server_threads: int = Field(2, ge=1, description="PyTorch threads of the server.")
-    gpus_per_client: float = Field(
-        0.0, ge=0, description="GPUs that the simulation gives a client: a share, say 0.25, or whole ones."
+    gpus_per_client: Annotated[Annotated[float, Field(ge=0)] | Literal["auto"], BeforeValidator(_gpus)] = Field(
+        "auto",
+        description="GPUs that the simulation gives a client: a share, say 0.25, or whole ones; auto: one where "
+        "PyTorch sees any and `device` is not cpu. With a whole one, the clients of a GPU share a process and a "
+        "backbone.",
     )
     device: str = Field(
         "auto",
@@ -122,15 +137,6 @@ class Runtime(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Precision of matrix products; auto: bfloat16 where the processor multiplies it natively."
     )
-
-    @model_validator(mode="after")
-    def _whole_gpus(self) -> "Runtime":
-        if self.gpus_per_client > 1 and self.gpus_per_client % 1:
-            raise ValueError(
-                f"gpus_per_client = {self.gpus_per_client:g}: clients share one GPU or get whole ones; set at most 1, "
-                "or a whole number"
-            )
-        return self
 
 
 class Simulation(Section):

@@ -60,6 +60,12 @@ def dropping_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
     return [module for module in model.modules() if isinstance(getattr(module, "attention_dropout", None), int | float)]
 
 
+def attention_drops(model: PreTrainedModel) -> bool:
+    """Return whether a layer drops weights of its attention now."""
+    layers: list[Any] = dropping_layers(model)
+    return any(layer.training and layer.attention_dropout for layer in layers)
+
+
 @contextmanager
 def attention_dropout(model: PreTrainedModel, rate: float) -> Iterator[None]:
     """Within the block drop this share of the attention's weights; nothing else of the model is in training mode."""

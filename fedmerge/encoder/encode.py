@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -13,26 +14,29 @@ from torch.utils.checkpoint import checkpoint
 from fedmerge.encoder.attention import attends_globally
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.fast.fused import fused_encoder
+from fedmerge.encoder.fast.varlen import VARLEN, padded_again, takes_varlen, varlen_inputs
 from fedmerge.encoder.text import PADDING, Tokens
 
 TOKENS_PER_BATCH = 4096  # larger batches are not faster on a CPU: they exceed its caches
+GPU_TOKENS_PER_BATCH = 32_768  # so that it computes for longer than its kernels take to start
 EAGER_ATTENTION_TOKENS = 256
 TRAINING_GROUPS = 4  # parts of a training batch on a CPU, each padded to its own longest sequence
 Encode = Callable[[Sequence[Tokens]], torch.Tensor]
 _tokens_at_once: ContextVar[int | None] = ContextVar("tokens_at_once", default=None)
 
 
-def embed_batch(backbone: Backbone, sequences: Sequence[Tokens]) -> torch.Tensor:
+def embed_batch(backbone: Backbone, sequences: Sequence[Tokens], *, varlen: bool | None = None) -> torch.Tensor:
     """Encode one batch, differentiably.
 
     Args:
         backbone: the encoder.
         sequences: n token sequences, special tokens included.
+        varlen: False: layers get a row for each sequence; None: see :func:`takes_varlen`.
 
     Returns:
         float32 (n, d), L2-normalised rows; d is ``backbone.dimension`` if that is set.
     """
-    hidden, mask = hidden_states(backbone, sequences)
+    hidden, mask = hidden_states(backbone, sequences, varlen=varlen)
     if backbone.pooling == "mean-text":
         mask = _text_mask(backbone, sequences, mask)
     return vectors_of(hidden, mask, backbone.pooling, backbone.width)
@@ -63,26 +67,32 @@ def token_states_in_groups(backbone: Backbone, sequences: Sequence[Tokens], posi
     return in_groups(backbone, sequences, states)
 
 
-def hidden_states(backbone: Backbone, sequences: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the token vectors of a batch, float32 (n, longest, d), and which of them are none of padding."""
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    columns = sequences[0].shape[1:]
-    padded = np.full((len(sequences), int(lengths.max()), *columns), _padding(backbone), dtype=np.int64)
-    for row, sequence in enumerate(sequences):
-        padded[row, : len(sequence)] = sequence
-    device = backbone.device
-    tokens = torch.from_numpy(padded).to(device)  # (n, longest) or (n, longest, 3)
-    mask = (torch.arange(padded.shape[1])[None, :] < lengths[:, None]).to(device)  # (n, longest)
-    dtype = backbone.compute.autocast_dtype
+def hidden_states(
+    backbone: Backbone, sequences: Sequence[Tokens], *, varlen: bool | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the token vectors of a batch, float32 (n, longest, d), and which of them are none of padding.
+
+    Args:
+        backbone: the encoder.
+        sequences: n token sequences, special tokens included.
+        varlen: whether the model reads them end to end; None: see :func:`takes_varlen`.
+    """
+    lengths = [len(sequence) for sequence in sequences]
+    device, dtype = backbone.device, backbone.compute.autocast_dtype
+    mask = torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]  # (n, longest)
+    varlen = takes_varlen(backbone) if varlen is None else varlen
+    inputs = varlen_inputs(backbone, sequences) if varlen else _inputs(backbone, sequences, mask.to(device))
     with (
-        _attention(backbone, padded.shape[1]),
+        _attention(backbone, max(lengths), varlen=varlen),
         disable_input_dtype_casting(
             backbone.model, active=dtype is not None
         ),  # otherwise PEFT casts to float32 and back
         torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
     ):
-        hidden = backbone.model(**_inputs(backbone, tokens, mask)).last_hidden_state  # (n, longest, d)
-    return hidden.float(), mask
+        hidden = backbone.model(**inputs).last_hidden_state  # (n, longest, d) or (1, t, d)
+    if varlen:
+        hidden = padded_again(hidden[0], lengths)
+    return hidden.float(), mask.to(device)
 
 
 def _padding(backbone: Backbone) -> int | list[int]:
@@ -92,8 +102,13 @@ def _padding(backbone: Backbone) -> int | list[int]:
     return [backbone.special.pad, PADDING, int(backbone.model.config.max_item_embeddings) - 1]
 
 
-def _inputs(backbone: Backbone, tokens: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the model's arguments for padded tokens (n, longest) or (n, longest, 3) and their mask (n, longest)."""
+def _inputs(backbone: Backbone, sequences: Sequence[Tokens], mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the model's arguments for sequences that are padded to the shape (n, longest) of their mask."""
+    columns = sequences[0].shape[1:]  # () or (3,)
+    padded = np.full((*mask.shape, *columns), _padding(backbone), dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        padded[row, : len(sequence)] = sequence
+    tokens = torch.from_numpy(padded).to(mask.device)
     inputs = {"input_ids": tokens, "attention_mask": mask}
     if tokens.ndim == 3:
         names = ("input_ids", "token_type_ids", "item_position_ids")
@@ -174,7 +189,7 @@ def encode(
         float32 (n, d) on the CPU, in the given order. Apart from rounding, a row does not depend on the others.
         Batches are formed by length, ties in the given order.
     """
-    return _encode(_embedding(backbone), backbone.width, sequences, progress)
+    return _encode(backbone, _embedding(backbone), sequences, progress)
 
 
 def prepared(backbone: Backbone) -> Encode:
@@ -183,7 +198,7 @@ def prepared(backbone: Backbone) -> Encode:
     What :func:`encode` computes of the weights in every call, such as their packed bfloat16, is computed once here.
     """
     embed = _embedding(backbone)
-    return lambda sequences: _encode(embed, backbone.width, sequences, None)
+    return lambda sequences: _encode(backbone, embed, sequences, None)
 
 
 def _embedding(backbone: Backbone) -> Encode:
@@ -192,12 +207,16 @@ def _embedding(backbone: Backbone) -> Encode:
 
 @torch.no_grad()
 def _encode(
-    embed: Encode, width: int, sequences: Sequence[Tokens], progress: Callable[[int, int], None] | None
+    backbone: Backbone, embed: Encode, sequences: Sequence[Tokens], progress: Callable[[int, int], None] | None
 ) -> torch.Tensor:
-    vectors = torch.empty(len(sequences), width)
+    vectors = torch.empty(len(sequences), backbone.width)
+    at_once = TOKENS_PER_BATCH if backbone.device.type == "cpu" else GPU_TOKENS_PER_BATCH
+    batches = length_batches([len(sequence) for sequence in sequences], at_once)
+    computed = (embed([sequences[i] for i in batch]) for batch in batches)
     done = 0
-    for batch in length_batches([len(sequence) for sequence in sequences], TOKENS_PER_BATCH):
-        vectors[torch.from_numpy(batch)] = embed([sequences[i] for i in batch]).cpu()
+    one_ahead = pairwise(chain(computed, [torch.empty(0)]))  # a GPU has the next batch when a batch is copied
+    for batch, (found, _) in zip(batches, one_ahead, strict=True):
+        vectors[torch.from_numpy(batch)] = found.cpu()
         done += len(batch)
         if progress is not None:
             progress(done, len(sequences))
@@ -237,18 +256,19 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
 
 
 @contextmanager
-def _attention(backbone: Backbone, tokens: int) -> Iterator[None]:
-    """Use plain attention for gradients of short sequences on a CPU, and the model's own attention otherwise.
+def _attention(backbone: Backbone, tokens: int, *, varlen: bool) -> Iterator[None]:
+    """Use the attention over variable lengths if asked, plain attention for gradients of short sequences on a CPU.
 
-    There the backward pass of PyTorch's fused attention takes most of a training step. For long sequences plain
-    attention is slower: its memory grows with their square.
+    Otherwise the model's own is used. On a CPU the backward pass of PyTorch's fused attention takes most of a training
+    step. For long sequences plain attention is slower: its memory grows with their square.
     """
     model = backbone.model
-    if not torch.is_grad_enabled() or backbone.device.type != "cpu" or tokens > EAGER_ATTENTION_TOKENS:
+    plain = torch.is_grad_enabled() and backbone.device.type == "cpu" and tokens <= EAGER_ATTENTION_TOKENS
+    if not varlen and not plain:
         yield
         return
     own = model.config._attn_implementation  # transformers has a public setter, but no getter
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(VARLEN if varlen else "eager")
     try:
         yield
     finally:

@@ -28,6 +28,7 @@ from fedmerge.report.bench_tables import read_bench_tables, write_bench_tables
 from fedmerge.report.tracking import FOLDER, write_tracking
 from fedmerge.runs.folder import CONFIG_FILE, locked
 from sim.checks import check_simulations
+from sim.local.gpus import gpus_of_client
 from sim.local.launch import MARK, SOCKET_FOLDER_LENGTH, end_processes
 from sim.local.run import run_experiment
 
@@ -55,18 +56,19 @@ def run_bench(
         ClientError: training the experts failed.
     """
     bench = load_bench(file, overrides)
-    tracking = bench.experiment(bench.config.dataset[0].name, None, 0).tracking
+    first = bench.experiment(bench.config.dataset[0].name, None, 0)
     check_simulations(_experiments(bench))
     open_folder(folder, bench)
     grid = Grid(bench, folder.resolve())
     mark = mark_of(grid.folder)
+    gpus = gpus_of_client(first.runtime)
     with locked(grid.folder):
         end_processes(mark)  # left by a killed call
         try:
             failed = run_grid(
                 grid,
                 lambda config: _train(config, app_dir, mark),
-                lambda cells: _on_ray(cells, address or os.environ.get("RAY_ADDRESS"), mark),
+                lambda cells: _on_ray(cells, gpus, address or os.environ.get("RAY_ADDRESS"), mark),
                 lambda line: print(line, flush=True),
             )
         finally:
@@ -74,8 +76,8 @@ def run_bench(
         write_bench_tables(grid.folder, bench_tables(grid))
         tables = read_bench_tables(grid.folder)
         write_text(grid.folder / REPORT, bench_page(tables))
-        if tracking is not None:
-            write_tracking(tables, grid.folder / FOLDER, tracking)
+        if first.tracking is not None:
+            write_tracking(tables, grid.folder / FOLDER, first.tracking)
     for line in failed:
         print(f"failed: {line}")
     print(f"report: {grid.folder / REPORT}")
@@ -111,13 +113,13 @@ def _train(config: ExperimentConfig, app_dir: Path, mark: str) -> None:
         raise ClientError(f"{run}: training the experts failed; see the messages above, then start the benchmark again")
 
 
-def _on_ray(cells: Sequence[Cell], address: str | None, mark: str) -> Iterator[Ended | Running]:
-    """Run cells as Ray tasks, as many at once as there are CPUs, and yield each as it ends."""
+def _on_ray(cells: Sequence[Cell], gpus: float, address: str | None, mark: str) -> Iterator[Ended | Running]:
+    """Run cells as Ray tasks, as many at once as CPUs and shares of GPUs allow, and yield each as it ends."""
     if not cells:
         return
     if not ray.is_initialized():
         _connect(address, mark)
-    task = ray.remote(max_retries=1)(work_in_task)
+    task = ray.remote(max_retries=1, num_gpus=gpus)(work_in_task)
     left = deque(cells)
     running: dict[Any, Cell] = {}
     most = 1  # CPUs of the largest node, while one is alive

@@ -19,6 +19,7 @@ from fedmerge.runs.folder import (
     run_exists,
 )
 from sim.checks import check_simulation
+from sim.local.gpus import gpus_of_client
 from sim.local.launch import run_federation
 
 
@@ -61,7 +62,7 @@ def run_experiment(config: ExperimentConfig, app_dir: Path, mark: str | None = N
                     resolved,
                     num_supernodes=len(config.domains.train) + len(config.domains.unseen),
                     cpus_per_client=config.runtime.threads_per_client,
-                    gpus_per_client=config.runtime.gpus_per_client,
+                    gpus_per_client=gpus_of_client(config.runtime),
                     on_line=on_line,
                     is_over=_server_ended(run_dir),
                     mark=mark,

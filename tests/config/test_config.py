@@ -161,7 +161,10 @@ def test_all_problems_are_reported_at_once_with_dotted_names() -> None:
     ("flat", "expected"),
     [
         ({"domains.train": "a,b", "domains.unseen": "b"}, ["domains: ", "train", "unseen", " b "]),
-        ({"runtime.gpus_per_client": 1.5}, ["runtime: ", "gpus_per_client = 1.5"]),
+        ({"runtime.gpus_per_client": 1.5}, ["runtime.gpus_per_client: expected 'auto', ", "found 1.5"]),
+        ({"runtime.gpus_per_client": "many"}, ["runtime.gpus_per_client: expected 'auto', ", "found 'many'"]),
+        ({"runtime.gpus_per_client": -1}, ["runtime.gpus_per_client: expected 'auto', ", "found -1"]),
+        ({"runtime.gpus_per_client": float("nan")}, ["runtime.gpus_per_client: expected 'auto', ", "found nan"]),
         ({"domains.train": "a,a"}, ["domains: ", "train", " a "]),
         ({"domains.train": ""}, ["domains: ", "train"]),
         ({"train.max_steps": "none"}, ["train: ", "max_epochs, max_steps", "max_minutes", "'none'"]),

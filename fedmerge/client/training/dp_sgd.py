@@ -249,10 +249,10 @@ def user_gradients(
     with _gradients_by_user(model):
         for group in training_groups(packed):
             targets = torch.from_numpy(records.targets[group]).to(backbone.device)
-            vectors = embed_batch(backbone, [packed[index] for index in group])
+            vectors = embed_batch(backbone, [packed[index] for index in group], varlen=False)  # a row is a user
             losses = catalog_softmax(vectors, items, targets, temperature)
             losses.sum().backward()  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
-            yield [_take_gradients(parameter) for parameter in parameters]
+            yield [_take_gradients(parameter, len(group)) for parameter in parameters]
 
 
 def add_noise(total: Sequence[torch.Tensor], deviation: float, drawn: Source) -> list[torch.Tensor]:
@@ -299,8 +299,10 @@ def _gradients_by_user(model: torch.nn.Module) -> Iterator[None]:
                 module.train(mode)
 
 
-def _take_gradients(parameter: Any) -> torch.Tensor:
+def _take_gradients(parameter: Any, num_users: int) -> torch.Tensor:
     """Return the gradients of single users, (b, …), and clear them."""
     gradient: torch.Tensor = parameter.grad_sample.float()
+    if len(gradient) != num_users:
+        raise RuntimeError(f"Opacus made {len(gradient)} gradients of {num_users} users, expected one of each")
     parameter.grad_sample = parameter.grad = None
     return gradient

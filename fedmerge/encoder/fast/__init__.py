@@ -1,1 +1,1 @@
-"""Faster computation in bfloat16 on a CPU: of vectors without gradients, and of frozen layers in training."""
+"""Faster computation in bfloat16: packed weights on a CPU, sequences end to end, frozen layers in training."""

@@ -1,4 +1,4 @@
-"""Frozen linear layers in bfloat16 training on a CPU: weights are cast and packed once instead of at every call.
+"""Frozen linear layers in bfloat16 training: weights are cast, and on a CPU packed, once instead of at every call.
 
 Autocast caches the casts of trained weights only, and oneDNN packs a weight for every product. Results are identical to
 the last bit.
@@ -30,12 +30,13 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def frozen_products(backbone: Backbone) -> dict[torch.nn.Linear, Product]:
-    """Make the fast product of each frozen linear layer, for :func:`using`; empty for other precisions and devices.
+    """Make the fast product of each frozen linear layer, for :func:`using`; empty for other precisions.
 
-    Each weight is copied twice in bfloat16: for the product and for its gradient.
+    Each weight is copied in bfloat16; on a CPU twice, for the product and for its gradient.
     """
     compute = backbone.compute
-    if compute.device.type != "cpu" or compute.autocast_dtype != torch.bfloat16 or not packs_bfloat16():
+    on_cpu = compute.device.type == "cpu"
+    if compute.autocast_dtype != torch.bfloat16 or (on_cpu and not packs_bfloat16()):
         return {}
     products: dict[torch.nn.Linear, Product] = {}
     for module in backbone.model.modules():
@@ -43,12 +44,18 @@ def frozen_products(backbone: Backbone) -> dict[torch.nn.Linear, Product]:
         if type(module) is torch.nn.Linear and not trained and "forward" not in vars(module):
             weight, bias = module.weight.detach(), module.bias
             half_bias = None if bias is None else bias.detach().bfloat16()
-            products[module] = _product(packed(weight), packed(weight.T), half_bias)
+            products[module] = (_packed_product if on_cpu else _product)(weight, half_bias)
     return products
 
 
-def _product(weight: torch.Tensor, transposed: torch.Tensor, bias: torch.Tensor | None) -> Product:
-    return lambda x: _FrozenLinear.apply(x, weight, transposed, bias)  # type: ignore[no-untyped-call]
+def _packed_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    of_input, of_gradient = packed(weight), packed(weight.T)
+    return lambda x: _FrozenLinear.apply(x, of_input, of_gradient, bias)  # type: ignore[no-untyped-call]
+
+
+def _product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    half = weight.bfloat16()
+    return lambda x: torch.nn.functional.linear(x.bfloat16(), half, bias)
 
 
 @contextmanager

@@ -70,6 +70,8 @@ def _values(field: Mapping[str, Any]) -> str:
     """Describe the values that a setting takes."""
     if "anyOf" in field:
         return " or ".join("`none`" if kind.get("type") == "null" else _values(kind) for kind in field["anyOf"])
+    if "const" in field:
+        return f"`{field['const']}`"
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
     if "pattern" in field:
