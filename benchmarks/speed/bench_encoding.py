@@ -1,6 +1,6 @@
 """Speed of encoding, as a share of the measured peak of bfloat16 matrix products.
 
-    python benchmarks/speed/bench_encoding.py [--size 12x768 | --source all-MiniLM-L6-v2] [--profile]
+    python benchmarks/speed/bench_encoding.py [--size 12x768 | --source all-MiniLM-L6-v2] [--device cuda] [--profile]
 
 Alternatives: the transformers model called under autocast on batches of 64 in the order given, padded to the longest;
 the same on batches sorted by length; and ``fedmerge.encoder.encode``; and on quantised weights this and the model
@@ -21,14 +21,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from interleaved import arguments, print_table, timed_in_turn
+from interleaved import Seconds, arguments, print_table, timed_in_turn
 from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertModel
 
-from fedmerge.device import resolve_compute
+from fedmerge.device import Compute, resolve_compute
 from fedmerge.domain.demo import generate_domain
 from fedmerge.encoder.backbone import Backbone, load_backbone
-from fedmerge.encoder.encode import TOKENS_PER_BATCH, embed_batch, encode, length_batches
+from fedmerge.encoder.encode import GPU_TOKENS_PER_BATCH, TOKENS_PER_BATCH, embed_batch, encode, length_batches
 from fedmerge.encoder.loading.quantised import Kind, quantise
 from fedmerge.encoder.text import SpecialTokens, Tokens, build_token_table, item_sequences
 
@@ -37,7 +37,7 @@ ROWS, PRODUCTS = 8192, 4
 SIZES = {"6x384": (6, 384), "12x384": (12, 384), "12x768": (12, 768)}
 
 
-def build_backbone(layers: int, width: int) -> Backbone:
+def build_backbone(layers: int, width: int, compute: Compute) -> Backbone:
     """Return a backbone with random weights and without a tokenizer."""
     config = BertConfig(
         hidden_size=width, num_hidden_layers=layers, num_attention_heads=12, intermediate_size=4 * width
@@ -45,7 +45,7 @@ def build_backbone(layers: int, width: int) -> Backbone:
     torch.manual_seed(0)
     model = BertModel(config, add_pooling_layer=False).train(False).requires_grad_(False)
     special = SpecialTokens(np.array([101], np.int32), np.array([102], np.int32), 0)
-    compute = resolve_compute("cpu", "bfloat16")
+    model.to(compute.device)
     return Backbone(model, None, special, "mean", "from configuration", "", compute)  # type: ignore[arg-type]  # see above
 
 
@@ -99,7 +99,7 @@ def plain(backbone: Backbone, sequences: list[Tokens], batches: list[np.ndarray]
     """Encode with the unchanged transformers model under autocast."""
     vectors = torch.empty(len(sequences), backbone.width)
     for batch in batches:
-        vectors[torch.from_numpy(batch)] = embed_batch(backbone, [sequences[i] for i in batch])
+        vectors[torch.from_numpy(batch)] = embed_batch(backbone, [sequences[i] for i in batch], varlen=False).cpu()
     return vectors
 
 
@@ -107,7 +107,7 @@ def print_quantised(backbone: Backbone, variants: dict[Kind, Backbone], few: lis
     """Print the size of each variant's weights, and how far its vectors are from those of full precision (n, d)."""
     linear = sum(2 * layer.weight.numel() for layer in backbone.model.modules() if isinstance(layer, torch.nn.Linear))
     print(f"weights: {megabytes(backbone.model):.1f} MB, while fedmerge encodes {linear / 1e6:.1f} MB more in bfloat16")
-    in_float32 = resolve_compute("cpu", "float32")
+    in_float32 = resolve_compute(str(backbone.device), "float32")
     for kind, variant in variants.items():
         vectors = encode(replace(variant, compute=in_float32), few).double()
         apart = 1 - (vectors * exact).sum(dim=1)
@@ -117,26 +117,38 @@ def print_quantised(backbone: Backbone, variants: dict[Kind, Backbone], few: lis
         )
 
 
+def print_shares(seconds: Seconds, peak: list[float], work: float) -> None:
+    """Print the operations a second of each alternative, and their share of the peak of the same turn."""
+    for name, times in seconds.items():
+        shares = [work / each / top for each, top in zip(times, peak, strict=True)]
+        low, middle, high = statistics.quantiles(shares, n=4)
+        rate = work / statistics.median(times) / 1e12
+        print(f"{name}: {rate:.3f} TFLOP/s, {100 * middle:.0f} % of the peak ({100 * low:.0f} to {100 * high:.0f})")
+
+
 def main() -> None:
     """Time the alternatives and the matrix products in turn; compare the vectors with those of float32."""
     parser = arguments(__doc__, repeats=7)
     parser.add_argument("--size", choices=SIZES, default="6x384", help="layers x width")
     parser.add_argument("--source", help="a real model in place of random weights: as backbone.source")
-    parser.add_argument("--sequences", type=int, default=400)
+    parser.add_argument("--sequences", type=int, default=400, help="more on a GPU, say 20000")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--profile", action="store_true", help="afterwards profile one call of each")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    compute = resolve_compute(options.device, "bfloat16")
     if options.source:
-        backbone = load_backbone(options.source, "auto", resolve_compute("cpu", "bfloat16"))
+        backbone = load_backbone(options.source, "auto", compute)
     else:
-        backbone = build_backbone(*SIZES[options.size])
+        backbone = build_backbone(*SIZES[options.size], compute)
     sequences = shop_sequences(options.sequences)
     lengths = [len(sequence) for sequence in sequences]
     as_given = np.array_split(np.arange(len(sequences)), max(1, len(sequences) // 64))
-    by_length = length_batches(lengths, TOKENS_PER_BATCH)
+    at_once = TOKENS_PER_BATCH if options.device == "cpu" else GPU_TOKENS_PER_BATCH
+    by_length = length_batches(lengths, at_once)
     d, f = backbone.model.config.hidden_size, backbone.model.config.intermediate_size
     factors = {
-        dtype: [torch.randn(ROWS, d), torch.randn(f, d), torch.randn(ROWS, f), torch.randn(d, f)]
+        dtype: [torch.randn(*shape, device=compute.device) for shape in ((ROWS, d), (f, d), (ROWS, f), (d, f))]
         for dtype in ("bfloat16", "float32")
     }
     factors["bfloat16"] = [factor.bfloat16() for factor in factors["bfloat16"]]
@@ -159,7 +171,7 @@ def main() -> None:
             lambda variant=variant: plain(variant, sequences, by_length)  # type: ignore[misc]
         )
     few = item_texts(backbone, 60)
-    exact = encode(replace(backbone, compute=resolve_compute("cpu", "float32")), few).double()
+    exact = encode(replace(backbone, compute=resolve_compute(options.device, "float32")), few).double()
     for name, vectors in (
         ("transformers, autocast", plain(backbone, few, [np.arange(len(few))])),
         ("fedmerge", encode(backbone, few)),
@@ -188,11 +200,7 @@ def main() -> None:
         f"float32 {statistics.median(single) / 1e12:.3f}"
     )
     print_table(seconds, "transformers, autocast, 64 as given", "tokens/s", sum(lengths))
-    for name, times in seconds.items():
-        shares = [work / each / top for each, top in zip(times, peak, strict=True)]
-        low, middle, high = statistics.quantiles(shares, n=4)
-        rate = work / statistics.median(times) / 1e12
-        print(f"{name}: {rate:.3f} TFLOP/s, {100 * middle:.0f} % of the peak ({100 * low:.0f} to {100 * high:.0f})")
+    print_shares(seconds, peak, work)
     for name, call in calls.items() if options.profile else ():
         with profile(activities=[ProfilerActivity.CPU]) as record:
             call()
