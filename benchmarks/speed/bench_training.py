@@ -39,6 +39,7 @@ from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.encode import tokens_at_once
 from fedmerge.encoder.fast.frozen import frozen_products, using
 from fedmerge.encoder.lora import attach
+from fedmerge.memory import give_back_memory
 
 BATCH, MAX_TOKENS, ALPHA, LEARNING_RATE = 64, 96, 16, 1e-3
 FEW, ALL = (8, ("query", "value")), (16, ("all-linear",))  # rank and targets of the LoRA
@@ -158,10 +159,11 @@ def megabytes(name: str) -> float:
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{name}:"))
 
 
-def peak_of(way: str, options: list[str]) -> float:
-    """Return the peak memory in MB of a process that trains this way alone."""
+def memory_of(way: str, options: list[str]) -> list[float]:
+    """Return MB above a loaded model of a process that trains this way alone: at most, at the end, and given back."""
     command = [sys.executable, __file__, *options, "--only", way]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    last = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    return [float(number) for number in last.split()]
 
 
 def main() -> None:
@@ -175,7 +177,7 @@ def main() -> None:
     parser.add_argument("--all-linear", action="store_true", help="LoRA of rank 16 on all linear layers")
     parser.add_argument("--tokens", type=int, default=1024, help="train.tokens_at_once of the last row")
     parser.add_argument("--memory", action="store_true", help="afterwards measure a process of each")
-    parser.add_argument("--only", help="train this way alone and print the peak memory in MB")
+    parser.add_argument("--only", help="train this way alone and print its memory in MB")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -199,7 +201,9 @@ def main() -> None:
         before = megabytes("VmRSS")
         for _ in range(options.repeats):
             calls[options.only]()
-        print(megabytes("VmHWM") - before)
+        peak, end = megabytes("VmHWM"), megabytes("VmRSS")
+        give_back_memory()
+        print(*(number - before for number in (peak, end, megabytes("VmRSS"))))
         return
     for call in calls.values():
         call()  # warm up
@@ -207,7 +211,10 @@ def main() -> None:
     seconds = timed_in_turn(calls, options.repeats, options.clock, warm_up=0)
     print_table(seconds, "plain PEFT, float32", "samples/s", steps * BATCH)
     for name in calls if options.memory else ():
-        print(f"{name:<32}{peak_of(name, [a for a in sys.argv[1:] if a != '--memory']):>8,.0f} MB above a loaded model")
+        peak, end, after = memory_of(name, [argument for argument in sys.argv[1:] if argument != "--memory"])
+        print(
+            f"{name:<42}{peak:>6,.0f} MB above a loaded model at most, {end:,.0f} at the end, {after:,.0f} given back"
+        )
     for name, call in calls.items() if options.profile else ():
         with profile(activities=[ProfilerActivity.CPU]) as record:
             call()

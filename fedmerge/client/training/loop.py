@@ -26,6 +26,7 @@ from fedmerge.client.training_signals import SignalSums
 from fedmerge.config import Lora, Train
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import adapter_of, attach, factors_of, load_into
+from fedmerge.memory import give_back_memory
 from fedmerge.tensor_files import restore, state_tensors
 
 Progress = Callable[[str], None]
@@ -256,7 +257,7 @@ def fit(
 
 @contextmanager
 def _attached(backbone: Backbone, lora: Lora, seed: int, learning_rate: float, recipe: Recipe) -> Iterator[Attached]:
-    """Attach the LoRA of a recipe with a new optimiser, and unload it afterwards."""
+    """Attach the LoRA of a recipe with a new optimiser; unload it and give memory back afterwards."""
     rank, alpha = lora.rank, float(lora.scaled_alpha)
     if recipe.start is not None:
         like = next(iter(recipe.start.modules.values()))
@@ -273,6 +274,7 @@ def _attached(backbone: Backbone, lora: Lora, seed: int, learning_rate: float, r
         yield Attached(model, parameters, optimizer, [parameter.detach().clone() for parameter in parameters])
     finally:
         model.unload()
+        give_back_memory()
 
 
 def _validation_line(recipe: Recipe, spent: float, validations: list[Validation], nothing_learned: bool) -> str:
