@@ -30,6 +30,7 @@ from fedmerge.backbone_files import MINILM
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.training.batches import num_batches, training_batches
 from fedmerge.client.training.losses import TEMPERATURE
+from fedmerge.client.training.memory import give_back_memory
 from fedmerge.client.training.plain_sgd import training_step
 from fedmerge.config import ATTRIBUTES, Text, Train
 from fedmerge.device import resolve_compute
@@ -39,7 +40,6 @@ from fedmerge.encoder.backbone import load_backbone
 from fedmerge.encoder.encode import tokens_at_once
 from fedmerge.encoder.fast.frozen import frozen_products, using
 from fedmerge.encoder.lora import attach
-from fedmerge.memory import give_back_memory
 
 BATCH, MAX_TOKENS, ALPHA, LEARNING_RATE = 64, 96, 16, 1e-3
 FEW, ALL = (8, ("query", "value")), (16, ("all-linear",))  # rank and targets of the LoRA

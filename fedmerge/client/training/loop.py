@@ -22,11 +22,11 @@ from fedmerge.client.training.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from fedmerge.client.training.memory import give_back_memory
 from fedmerge.client.training_signals import SignalSums
 from fedmerge.config import Lora, Train
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.lora import adapter_of, attach, factors_of, load_into
-from fedmerge.memory import give_back_memory
 from fedmerge.tensor_files import restore, state_tensors
 
 Progress = Callable[[str], None]
