@@ -29,8 +29,8 @@ from transformers import AutoModel, AutoTokenizer
 from fedmerge.backbone_files import MINILM
 from fedmerge.client.local_domain import LocalDomain, open_domain
 from fedmerge.client.training.batches import num_batches, training_batches
+from fedmerge.client.training.loop import give_back_memory
 from fedmerge.client.training.losses import TEMPERATURE
-from fedmerge.client.training.memory import give_back_memory
 from fedmerge.client.training.plain_sgd import training_step
 from fedmerge.config import ATTRIBUTES, Text, Train
 from fedmerge.device import resolve_compute

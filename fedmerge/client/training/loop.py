@@ -4,7 +4,9 @@ A :class:`Recipe` holds what differs between them; :func:`fit` is the loop: atta
 checkpoint, unload.
 """
 
+import ctypes
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +24,6 @@ from fedmerge.client.training.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from fedmerge.client.training.memory import give_back_memory
 from fedmerge.client.training_signals import SignalSums
 from fedmerge.config import Lora, Train
 from fedmerge.encoder.backbone import Backbone
@@ -285,3 +286,16 @@ def _validation_line(recipe: Recipe, spent: float, validations: list[Validation]
         f"validation ndcg@10 {last.ndcg:.4f} (best {max(validation.ndcg for validation in validations):.4f})"
     )
     return f"{line}; nothing was learned: no validation beats the {start}" if nothing_learned else line
+
+
+def give_back_memory() -> None:
+    """Return memory that was freed to the system; does nothing where the C library is not glibc.
+
+    glibc keeps what is freed for later. Lengths differ from batch to batch, so little of it is used again, and a client
+    that has trained holds several times what it needs.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+    if trim is not None:
+        trim(0)

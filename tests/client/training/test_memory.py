@@ -7,7 +7,7 @@ import pytest
 
 MEASURED = """
 import torch
-from fedmerge.client.training.memory import give_back_memory
+from fedmerge.client.training.loop import give_back_memory
 
 def resident():
     with open("/proc/self/statm") as file:
