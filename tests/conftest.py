@@ -6,6 +6,10 @@ dependencies themselves, so other tests start without them.
 
 # ruff: noqa: PLC0415  # imports within fixtures, see above
 
+import os  # isort: skip
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are those of a CPU, also where a GPU is
+
 import fedmerge  # noqa: F401  # isort: skip  # before torch, since it says how threads wait
 
 import logging
