@@ -6,6 +6,8 @@ import torch
 
 from fedmerge.errors import ConfigError
 
+AMPERE = (8, 0)  # compute capability of the first GPUs that multiply bfloat16
+
 
 @dataclass(frozen=True)
 class Compute:
@@ -42,14 +44,19 @@ def resolve_compute(device: str = "auto", precision: str = "auto") -> Compute:
             f"runtime.device = {device!r}, but PyTorch {torch.__version__} finds no GPU here. "
             "Set runtime.device = 'cpu' or 'auto', or install a CUDA build of PyTorch."
         )
+    found = torch.cuda.device_count()
+    if device.startswith("cuda:") and int(device.removeprefix("cuda:")) >= found:
+        raise ConfigError(
+            f"runtime.device = {device!r}, but PyTorch finds {found} GPU here, numbered from 0. Set 'cuda', or the "
+            "number of one of them."
+        )
     resolved = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     if precision != "auto":
         return Compute(resolved, torch.bfloat16 if precision == "bfloat16" else None, f"{resolved}, {precision} as set")
-    native = (
-        torch.cuda.is_bf16_supported(including_emulation=False)
-        if resolved.type == "cuda"
-        else _cpu_multiplies_bfloat16()
-    )
+    if resolved.type == "cuda":
+        native = torch.cuda.get_device_capability(resolved) >= AMPERE
+    else:
+        native = _cpu_multiplies_bfloat16()
     if native:
         return Compute(resolved, torch.bfloat16, f"{resolved}, bfloat16: native here")
     return Compute(resolved, None, f"{resolved}, float32: bfloat16 is not native here")

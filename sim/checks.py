@@ -77,7 +77,13 @@ def _refuse(problems: list[str]) -> None:
 
 
 def _simulation_problems(config: ExperimentConfig) -> list[str]:
-    return [*_settings_problems(config), *_backbone_problems(config), *_data_problems(config)]
+    problems = [*_settings_problems(config), *_backbone_problems(config), *_data_problems(config)]
+    if config.runtime.device not in ("auto", "cpu", "cuda", "cuda:0"):
+        problems.append(
+            f"runtime.device = {config.runtime.device!r}: a simulated client sees only the GPUs that it is given, from "
+            "'cuda:0' on. Set 'cuda'; CUDA_VISIBLE_DEVICES chooses among the machine's"
+        )
+    return problems
 
 
 def _settings_problems(config: ExperimentConfig) -> list[str]:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from itertools import chain, pairwise
+from threading import RLock
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ GPU_TOKENS_PER_BATCH = 32_768  # so that it computes for longer than its kernels
 EAGER_ATTENTION_TOKENS = 256
 TRAINING_GROUPS = 4  # parts of a training batch on a CPU, each padded to its own longest sequence
 Encode = Callable[[Sequence[Tokens]], torch.Tensor]
+_switching = RLock()  # held while a model has another attention than its own
 _tokens_at_once: ContextVar[int | None] = ContextVar("tokens_at_once", default=None)
 
 
@@ -260,16 +262,18 @@ def _attention(backbone: Backbone, tokens: int, *, varlen: bool) -> Iterator[Non
     """Use the attention over variable lengths if asked, plain attention for gradients of short sequences on a CPU.
 
     Otherwise the model's own is used. On a CPU the backward pass of PyTorch's fused attention takes most of a training
-    step. For long sequences plain attention is slower: its memory grows with their square.
+    step. For long sequences plain attention is slower: its memory grows with their square. Threads that switch the
+    attention of a model take turns.
     """
     model = backbone.model
     plain = torch.is_grad_enabled() and backbone.device.type == "cpu" and tokens <= EAGER_ATTENTION_TOKENS
     if not varlen and not plain:
         yield
         return
-    own = model.config._attn_implementation  # transformers has a public setter, but no getter
-    model.set_attn_implementation(VARLEN if varlen else "eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(own)
+    with _switching:
+        own = model.config._attn_implementation  # transformers has a public setter, but no getter
+        model.set_attn_implementation(VARLEN if varlen else "eager")
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(own)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 from flwr.app import Context, Error, Message, RecordDict
 
 import fedmerge
@@ -75,12 +76,22 @@ def main(folder: Path, address: str, secret: bytes) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash writes no memory, with its secrets, to the disk
     code = installed_code(Path(__file__).parents[1])  # now: an upgrade changes the files, not what is loaded
     log_to_stderr()
+    check_fork()
     logger.info("ready; answers with fedmerge %s from %s", fedmerge.__version__, Path(fedmerge.__file__).parent)
     with connect(address, secret) as runtime, closing(Workers(prepare_for)) as workers:
         while True:
             answer_next(runtime, address, folder, code, workers)
             workers.close_idle(IDLE_SECONDS)
             time.sleep(POLL_SECONDS)
+
+
+def check_fork() -> None:
+    """Exit where an import has initialised CUDA: the processes that answer are forked, and could not use the GPU."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # PyTorch leaves it untyped
+        sys.exit(
+            "fedmerge: an import has initialised CUDA, as bitsandbytes does, and no process that is forked afterwards "
+            "can use the GPU. Uninstall bitsandbytes here, or set CUDA_VISIBLE_DEVICES= to answer on the CPU."
+        )
 
 
 def connect(address: str, secret: bytes) -> RuntimeHttpClient:

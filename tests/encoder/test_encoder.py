@@ -455,6 +455,17 @@ def test_a_missing_gpu_is_refused() -> None:
         resolve_compute("cuda")
 
 
+def test_a_gpu_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ConfigError, match=r"runtime\.device = 'cuda:1', but PyTorch finds 1 GPU"):
+        resolve_compute("cuda:1")
+    assert resolve_compute("cuda:0").precision == "float32"  # bfloat16 would be emulated
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert resolve_compute("auto").precision == "bfloat16"
+
+
 @pytest.mark.parametrize(("family", "positions"), [("bert", 128), ("roberta", 256)])
 def test_max_tokens_is_held_to_the_positions(folders: dict[str, Path], family: str, positions: int) -> None:
     backbone = load_backbone(str(folders[family]), "mean", FLOAT32)

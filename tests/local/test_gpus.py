@@ -5,7 +5,9 @@ import ctypes
 import pytest
 import torch
 
-from fedmerge.config import Runtime
+from fedmerge.config import Runtime, from_flat
+from fedmerge.errors import ConfigError
+from sim.checks import check_simulation
 from sim.local.gpus import gpus_of_client
 
 
@@ -40,3 +42,9 @@ def test_auto_is_a_whole_gpu_where_pytorch_may_use_one(
 def test_a_number_stands(monkeypatch: pytest.MonkeyPatch, gpus: float) -> None:
     driver(monkeypatch, installed=True, seen=True)
     assert gpus_of_client(Runtime(gpus_per_client=gpus)) == gpus
+
+
+def test_a_numbered_gpu_is_refused_in_a_simulation() -> None:
+    config = from_flat({"domains.root": "demo", "domains.train": "camping,coffee", "runtime.device": "cuda:1"})
+    with pytest.raises(ConfigError, match="runtime.device = 'cuda:1': a simulated client sees only"):
+        check_simulation(config)

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import sim.machines.executor
@@ -14,7 +15,15 @@ from fedmerge.privacy.client_policy import read_client_policy
 from sim.app.client.app import app as client_app
 from sim.app.messages import records, secure_sum
 from sim.flower_internals import Fab, TaskIdentity
-from sim.machines.executor import override_run_config, owner_of, prepare, prepare_for, read_answer, request_of
+from sim.machines.executor import (
+    check_fork,
+    override_run_config,
+    owner_of,
+    prepare,
+    prepare_for,
+    read_answer,
+    request_of,
+)
 from sim.machines.worker import Workers
 
 
@@ -102,6 +111,13 @@ def test_the_answer_of_the_worker_is_that_of_the_app(client: Client) -> None:
         assert read_answer(answer) == (expected.content, context.state)
     content = expected.content
     assert records.read_error(content)  # there is no such backbone
+
+
+def test_a_fork_that_could_not_use_the_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_fork()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(SystemExit, match="bitsandbytes"):
+        check_fork()
 
 
 def test_the_executor_takes_the_installed_code_only() -> None:

@@ -289,13 +289,14 @@ def _validation_line(recipe: Recipe, spent: float, validations: list[Validation]
 
 
 def give_back_memory() -> None:
-    """Return memory that was freed to the system; does nothing where the C library is not glibc.
+    """Return memory that was freed to the system, and that of a GPU to other processes.
 
     glibc keeps what is freed for later. Lengths differ from batch to batch, so little of it is used again, and a client
     that has trained holds several times what it needs.
     """
+    torch.cuda.empty_cache()  # nothing where there is no GPU
     if not sys.platform.startswith("linux"):
         return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
     if trim is not None:
         trim(0)

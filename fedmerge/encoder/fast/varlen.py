@@ -23,6 +23,7 @@ from transformers import (
     XLMRobertaModel,
 )
 
+from fedmerge.device import AMPERE
 from fedmerge.encoder.attention import attention_drops
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.text import Tokens
@@ -40,7 +41,6 @@ MODELS = (
     XLMRobertaModel,
 )
 _PYTORCH = "2.13"  # the first whose kernel has windows and grouped keys
-_AMPERE = (8, 0)
 _WIDTHS = (8, 256)  # of a head: a multiple of the first, at most the second
 
 
@@ -51,7 +51,7 @@ def takes_varlen(backbone: Backbone) -> bool:
         return False
     if torch.torch_version.TorchVersion(torch.__version__) < _PYTORCH or not keeps_sequences_apart(backbone.model):
         return False
-    return torch.cuda.get_device_capability(compute.device) >= _AMPERE
+    return torch.cuda.get_device_capability(compute.device) >= AMPERE
 
 
 def keeps_sequences_apart(model: Any) -> bool:
@@ -80,6 +80,7 @@ def varlen_inputs(backbone: Backbone, sequences: Sequence[Tokens]) -> dict[str, 
         "cu_seq_lens_k": starts,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
+        "use_cache": False,  # nothing is read again, and a cache holds the values in float32, which the kernel refuses
     }
 
 
@@ -124,7 +125,8 @@ def varlen_attention(
         max_length_q: length of the longest.
         scaling: of the scores; None: 1 / √w.
         is_causal: whether later tokens are hidden; None: as the module says.
-        sliding_window: a token sees itself and fewer than this many on either side; None: all.
+        sliding_window: a token sees itself and fewer than this many on either side, in a decoder that was switched
+            (``is_causal`` is False) as many; None: all.
 
     Returns:
         (1, t, h, w), and None for the weights.
@@ -132,7 +134,9 @@ def varlen_attention(
     if attention_mask is not None:
         raise ValueError("attention over variable lengths was given a mask, expected none: there is no padding")
     causal = bool(module.is_causal) if is_causal is None else is_causal
-    reach = -1 if sliding_window is None else sliding_window - 1
+    reach = (
+        -1 if sliding_window is None else sliding_window - (is_causal is not False)
+    )  # as transformers' masks have it
     q, k, v = (part[0].transpose(0, 1).to(value.dtype) for part in (query, key, value))  # (t, h or g, w)
     window = (reach, 0 if causal else reach)
     if q.device.type == "cpu":

@@ -1,5 +1,6 @@
 """Sequences end to end: every token's vector and every gradient is that of padded batches, in all model types."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from adapters import layout_of, random_adapter
 from backbones import tiny_bert
 from tiny_families import TINY
+from transformers import AttentionInterface
 
 from fedmerge.config import BackboneSection
 from fedmerge.device import Compute, resolve_compute
@@ -18,7 +20,7 @@ from fedmerge.encoder.attention import attention_dropout, causal
 from fedmerge.encoder.backbone import Backbone, load_backbone, open_backbone
 from fedmerge.encoder.encode import hidden_states
 from fedmerge.encoder.fast.frozen import frozen_products
-from fedmerge.encoder.fast.varlen import MODELS, keeps_sequences_apart, takes_varlen, varlen_attention
+from fedmerge.encoder.fast.varlen import MODELS, VARLEN, keeps_sequences_apart, takes_varlen, varlen_attention
 from fedmerge.encoder.lora import attach
 from fedmerge.encoder.text import Tokens
 from fedmerge.mergerec.vectors import initial_vectors, merged_forward
@@ -105,6 +107,42 @@ def test_in_bfloat16_vectors_are_as_near_to_float32_as_those_of_padded_batches(f
 
 
 @torch.no_grad()
+def test_the_kernel_is_given_bfloat16_alone(family: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: set[torch.dtype] = set()
+
+    def noted(module: Any, query: Any, key: Any, value: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        given.add(value.dtype)
+        return varlen_attention(module, query, key, value, *rest, **more)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, VARLEN, noted)
+    half = replace(family, compute=resolve_compute("cpu", "bfloat16"))
+    hidden_states(half, random_sequences(half), varlen=True)
+    assert given == {torch.bfloat16}
+
+
+@torch.no_grad()
+def test_windows_of_a_switched_decoder(tmp_path: Path) -> None:
+    section = BackboneSection(source=str(tiny_families.gemma(tmp_path)), family="llm2vec")
+    switched = open_backbone(section, FLOAT32)
+    assert max(LENGTHS) > switched.model.config.sliding_window
+    padded, found = both(switched)
+    torch.testing.assert_close(found, padded, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_threads_that_share_a_model_do_not_disturb_each_other(bert: Backbone) -> None:
+    """Services encode on several threads; on a GPU each call exchanges the model's attention."""
+    own, (alone, _) = bert.model.config._attn_implementation, hidden_states(bert, random_sequences(bert), varlen=True)
+
+    def again(_: int) -> bool:
+        return torch.equal(hidden_states(bert, random_sequences(bert), varlen=True)[0], alone)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(again, range(200)))
+    assert bert.model.config._attn_implementation == own
+
+
+@torch.no_grad()
 def test_a_merge_from_factors_is_the_same_end_to_end(bert: Backbone) -> None:
     layout = layout_of(bert, ("query", "dense"))
     vectors = initial_vectors(stack_adapters({name: random_adapter(layout, 2, 1.0, len(name)) for name in ("a", "bb")}))
@@ -140,7 +178,9 @@ def test_attention_is_softmax_within_each_sequence(causal_window: tuple[bool, in
         for start, length in zip([0, 3, 10], lengths, strict=True):
             for i in range(length):
                 seen = [
-                    j for j in range(length) if (j <= i or not is_causal) and (window is None or abs(i - j) < window)
+                    j
+                    for j in range(length)
+                    if (j <= i or not is_causal) and (window is None or abs(i - j) < window + (not is_causal))
                 ]
                 q = query[0, head, start + i].double()
                 k, v = (each[0, head * groups // 4, [start + j for j in seen]].double() for each in (key, value))
