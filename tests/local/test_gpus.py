@@ -46,5 +46,5 @@ def test_a_number_stands(monkeypatch: pytest.MonkeyPatch, gpus: float) -> None:
 
 def test_a_numbered_gpu_is_refused_in_a_simulation() -> None:
     config = from_flat({"domains.root": "demo", "domains.train": "camping,coffee", "runtime.device": "cuda:1"})
-    with pytest.raises(ConfigError, match="runtime.device = 'cuda:1': a simulated client sees only"):
+    with pytest.raises(ConfigError, match=r"runtime\.device = 'cuda:1': a simulated client sees only"):
         check_simulation(config)
