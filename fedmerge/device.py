@@ -47,8 +47,8 @@ def resolve_compute(device: str = "auto", precision: str = "auto") -> Compute:
     found = torch.cuda.device_count()
     if device.startswith("cuda:") and int(device.removeprefix("cuda:")) >= found:
         raise ConfigError(
-            f"runtime.device = {device!r}, but PyTorch finds {found} GPU here, numbered from 0. Set 'cuda', or the "
-            "number of one of them."
+            f"runtime.device = {device!r}, but PyTorch numbers the GPUs here from 0 to {found - 1}. Set 'cuda', or one "
+            "of these numbers."
         )
     resolved = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     if precision != "auto":

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from fedmerge.encoder.attention import attends_globally
 from fedmerge.encoder.backbone import Backbone
 from fedmerge.encoder.fast.fused import fused_encoder
-from fedmerge.encoder.fast.varlen import VARLEN, padded_again, takes_varlen, varlen_inputs
+from fedmerge.encoder.fast.varlen import VARLEN, on_device, padded_again, takes_varlen, varlen_inputs
 from fedmerge.encoder.text import PADDING, Tokens
 
 TOKENS_PER_BATCH = 4096  # larger batches are not faster on a CPU: they exceed its caches
@@ -110,7 +110,7 @@ def _inputs(backbone: Backbone, sequences: Sequence[Tokens], mask: torch.Tensor)
     padded = np.full((*mask.shape, *columns), _padding(backbone), dtype=np.int64)
     for row, sequence in enumerate(sequences):
         padded[row, : len(sequence)] = sequence
-    tokens = torch.from_numpy(padded).to(mask.device)
+    tokens = on_device(padded, mask.device)
     inputs = {"input_ids": tokens, "attention_mask": mask}
     if tokens.ndim == 3:
         names = ("input_ids", "token_type_ids", "item_position_ids")

@@ -459,7 +459,7 @@ def test_a_gpu_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(ConfigError, match=r"runtime\.device = 'cuda:1', but PyTorch finds 1 GPU"):
+    with pytest.raises(ConfigError, match=r"runtime\.device = 'cuda:1', but PyTorch numbers the GPUs here from 0 to 0"):
         resolve_compute("cuda:1")
     assert resolve_compute("cuda:0").precision == "float32"  # bfloat16 would be emulated
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

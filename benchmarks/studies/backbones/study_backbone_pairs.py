@@ -5,7 +5,7 @@
 A benchmark pairs the rows of one data set. Here the data sets differ in their backbone alone and have the same test
 users, which the ranks of popularity prove; so every row of one can be paired with every row of another. The ranks of
 the first seed are read as they lie in the folder; nothing is ranked again. Several --bench are read as one. Each row is
-compared with the same row of --baseline, and all rows with its best (--best), by its mean over domains.
+compared with the same row of --baseline, by NDCG@10 in the mean over domains.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import Grid
 from fedmerge.bench.outcomes import rows_on_test, tested_domains
 from fedmerge.bench.ranking import sums_of_ranks
+from fedmerge.evaluation.ranks import SELECTION_METRIC
 from fedmerge.evaluation.sums import VARIANTS, MetricSums, Variant, estimate_mean, paired_difference_of_mean
 
 WITNESS = "popularity"  # its ranks depend on users and targets alone
@@ -47,20 +48,17 @@ def files_of(benches: Sequence[tuple[Path, Path]], overrides: Sequence[str]) -> 
     return files
 
 
-def compare(sums: dict[str, dict[Variant, MetricSums]], baseline: str, best: bool, metric: str) -> None:
+def compare(sums: dict[str, dict[Variant, MetricSums]], baseline: str) -> None:
     """Print the mean of each row over domains, and its difference to the baseline's row."""
     for variant in VARIANTS:
         domains = [of_domain[variant] for of_domain in sums.values()]
         rows = [row for row in domains[0].methods if all(row in each.methods for each in domains)]
-        mean = {row: sum(estimate_mean(each, row, metric).mean for each in domains) / len(domains) for row in rows}
-        of_baseline = [row for row in rows if row.startswith(f"{baseline}: ")]
-        top = max(of_baseline, key=lambda row: mean[row])
-        print(f"\n{variant}, {metric}, mean of {', '.join(sums)}; best row of {baseline}: {top}")
+        print(f"\n{variant}, {SELECTION_METRIC}, mean of {', '.join(sums)}")
         for row in rows:
-            other = top if best else f"{baseline}: {row.partition(': ')[2]}"
-            line = f"{row:<60}{mean[row]:.4f}"
+            mean = sum(estimate_mean(each, row, SELECTION_METRIC).mean for each in domains) / len(domains)
+            line, other = f"{row:<60}{mean:.4f}", f"{baseline}: {row.partition(': ')[2]}"
             if other in rows and other != row:
-                difference = paired_difference_of_mean(domains, row, other, metric)
+                difference = paired_difference_of_mean(domains, row, other, SELECTION_METRIC)
                 line += f"  − {other}: {difference.mean:+.4f} ± {difference.mean - difference.low:.4f}"
             print(line)
 
@@ -72,13 +70,11 @@ def main() -> None:
         "--bench", type=Path, nargs=2, action="append", required=True, metavar=("FILE", "FOLDER"), help="a benchmark"
     )
     parser.add_argument("--baseline", default="minilm", help="data set that the others are compared with")
-    parser.add_argument("--best", action="store_true", help="compare with its best row, not with its same row")
     parser.add_argument("--set", nargs="+", default=[], help="changed settings of the benchmarks, as they were run")
-    parser.add_argument("--metric", default="ndcg@10")
     options = parser.parse_args()
     files = files_of([(file, folder) for file, folder in options.bench], options.set)
     sums = {domain: sums_of_ranks(of_domain, domain, 2) for domain, of_domain in files.items()}
-    compare(sums, options.baseline, options.best, options.metric)
+    compare(sums, options.baseline)
 
 
 if __name__ == "__main__":

@@ -31,10 +31,10 @@ def encoder_states(model: Any) -> Callable[[torch.Tensor, torch.Tensor, Runs], t
     if getattr(config, "is_decoder", False) or config.hidden_act != "gelu":
         return None
     layers = [_fast_layer(layer, config.hidden_size // config.num_attention_heads) for layer in model.encoder.layer]
-    first_position = 0 if isinstance(model, BertModel) else model.embeddings.padding_idx + 1
+    first = first_position(model)
 
     def states(ids: torch.Tensor, positions: torch.Tensor, runs: Runs) -> torch.Tensor:
-        hidden: torch.Tensor = model.embeddings(input_ids=ids[None], position_ids=(positions + first_position)[None])[0]
+        hidden: torch.Tensor = model.embeddings(input_ids=ids[None], position_ids=(positions + first)[None])[0]
         biases = _relative_positions(model, runs) if isinstance(model, MPNetModel) else None
         for layer in layers:
             heads = layer.query_key_value(hidden.bfloat16()).view(len(ids), 3, config.num_attention_heads, -1)
@@ -45,6 +45,12 @@ def encoder_states(model: Any) -> Callable[[torch.Tensor, torch.Tensor, Runs], t
         return hidden
 
     return states
+
+
+def first_position(model: Any) -> int:
+    """Return the number of the first token's position: RoBERTa, XLM-RoBERTa and MPNet count from behind the padding."""
+    behind_padding = isinstance(model, MPNetModel | RobertaModel | XLMRobertaModel)
+    return int(model.embeddings.padding_idx) + 1 if behind_padding else 0
 
 
 def _fast_layer(layer: Any, width: int) -> _Layer:

@@ -10,35 +10,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    AttentionInterface,
-    BertModel,
-    Gemma3TextModel,
-    LlamaModel,
-    MistralModel,
-    ModernBertModel,
-    Qwen2Model,
-    Qwen3Model,
-    RobertaModel,
-    XLMRobertaModel,
-)
+import transformers as hf
 
 from fedmerge.device import AMPERE
 from fedmerge.encoder.attention import attention_drops
 from fedmerge.encoder.backbone import Backbone
+from fedmerge.encoder.fast.encoders import first_position
 from fedmerge.encoder.text import Tokens
 
 VARLEN = "fedmerge-varlen"  # the name of this attention in transformers
 MODELS = (
-    BertModel,
-    Gemma3TextModel,
-    LlamaModel,
-    MistralModel,
-    ModernBertModel,
-    Qwen2Model,
-    Qwen3Model,
-    RobertaModel,
-    XLMRobertaModel,
+    hf.BertModel,
+    hf.Gemma3TextModel,
+    hf.LlamaModel,
+    hf.MistralModel,
+    hf.ModernBertModel,
+    hf.Qwen2Model,
+    hf.Qwen3Model,
+    hf.RobertaModel,
+    hf.XLMRobertaModel,
 )
 _PYTORCH = "2.13"  # the first whose kernel has windows and grouped keys
 _WIDTHS = (8, 256)  # of a head: a multiple of the first, at most the second
@@ -68,8 +58,7 @@ def keeps_sequences_apart(model: Any) -> bool:
 
 def varlen_inputs(backbone: Backbone, sequences: Sequence[Tokens]) -> dict[str, Any]:
     """Return the model's arguments for n sequences end to end, t tokens together: one row, with positions of each."""
-    model: Any = backbone.model
-    first = model.embeddings.padding_idx + 1 if isinstance(model, RobertaModel | XLMRobertaModel) else 0
+    first = first_position(backbone.model)
     lengths = [len(sequence) for sequence in sequences]
     positions = np.concatenate([np.arange(first, first + length) for length in lengths])
     starts = on_device(np.cumsum([0, *lengths], dtype=np.int32), backbone.device)
@@ -77,9 +66,7 @@ def varlen_inputs(backbone: Backbone, sequences: Sequence[Tokens]) -> dict[str, 
         "input_ids": on_device(np.concatenate(sequences).astype(np.int64), backbone.device)[None],
         "position_ids": on_device(positions, backbone.device)[None],
         "cu_seq_lens_q": starts,
-        "cu_seq_lens_k": starts,
         "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
         "use_cache": False,  # nothing is read again, and a cache holds the values in float32, which the kernel refuses
     }
 
@@ -134,9 +121,8 @@ def varlen_attention(
     if attention_mask is not None:
         raise ValueError("attention over variable lengths was given a mask, expected none: there is no padding")
     causal = bool(module.is_causal) if is_causal is None else is_causal
-    reach = (
-        -1 if sliding_window is None else sliding_window - (is_causal is not False)
-    )  # as transformers' masks have it
+    switched = is_causal is False
+    reach = -1 if sliding_window is None else sliding_window - (0 if switched else 1)  # as transformers' masks have it
     q, k, v = (part[0].transpose(0, 1).to(value.dtype) for part in (query, key, value))  # (t, h or g, w)
     window = (reach, 0 if causal else reach)
     if q.device.type == "cpu":
@@ -172,4 +158,4 @@ def _by_sequence(
     return torch.cat(parts)
 
 
-AttentionInterface.register(VARLEN, varlen_attention)
+hf.AttentionInterface.register(VARLEN, varlen_attention)

@@ -1,5 +1,6 @@
 """Sequences end to end: every token's vector and every gradient is that of padded batches, in all model types."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -137,8 +138,13 @@ def test_threads_that_share_a_model_do_not_disturb_each_other(bert: Backbone) ->
     def again(_: int) -> bool:
         return torch.equal(hidden_states(bert, random_sequences(bert), varlen=True)[0], alone)
 
-    with ThreadPoolExecutor(4) as threads:
-        assert all(threads.map(again, range(200)))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # so that threads interrupt each other everywhere
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            assert all(threads.map(again, range(200)))
+    finally:
+        sys.setswitchinterval(interval)
     assert bert.model.config._attn_implementation == own
 
 
@@ -153,6 +159,17 @@ def test_a_merge_from_factors_is_the_same_end_to_end(bert: Backbone) -> None:
     torch.testing.assert_close(found, padded, atol=1e-5, rtol=1e-5)
 
 
+def attended(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, **more: Any
+) -> torch.Tensor:
+    """Let the tokens of sequences of at most seven attend."""
+    found, weights = varlen_attention(
+        torch.nn.Module(), query, key, value, None, cu_seq_lens_q=starts, max_length_q=7, **more
+    )
+    assert weights is None
+    return found
+
+
 @pytest.mark.parametrize("causal_window", [(True, None), (False, None), (True, 3), (False, 3)])
 @pytest.mark.parametrize("groups", [4, 2])
 def test_attention_is_softmax_within_each_sequence(causal_window: tuple[bool, int | None], groups: int) -> None:
@@ -161,19 +178,7 @@ def test_attention_is_softmax_within_each_sequence(causal_window: tuple[bool, in
     lengths = [3, 7, 1]
     query, key, value = (torch.randn(1, heads, 11, 8, generator=draw) for heads in (4, groups, groups))
     starts = torch.tensor([0, 3, 10, 11], dtype=torch.int32)
-    found, weights = varlen_attention(
-        torch.nn.Module(),
-        query,
-        key,
-        value,
-        None,
-        cu_seq_lens_q=starts,
-        max_length_q=7,
-        scaling=0.3,
-        is_causal=is_causal,
-        sliding_window=window,
-    )
-    assert weights is None
+    found = attended(query, key, value, starts, scaling=0.3, is_causal=is_causal, sliding_window=window)
     for head in range(4):
         for start, length in zip([0, 3, 10], lengths, strict=True):
             for i in range(length):
@@ -194,17 +199,7 @@ def test_the_kernel_of_gpus_takes_what_it_is_given(window: int | None) -> None:
     pytest.importorskip("torch.nn.attention.varlen")
     query, key, value = (torch.randn(1, heads, 11, 8, device="meta", requires_grad=True) for heads in (4, 2, 2))
     starts = torch.empty(4, dtype=torch.int32, device="meta")
-    found, _ = varlen_attention(
-        torch.nn.Module(),
-        query,
-        key,
-        value,
-        None,
-        cu_seq_lens_q=starts,
-        max_length_q=7,
-        is_causal=True,
-        sliding_window=window,
-    )
+    found = attended(query, key, value, starts, is_causal=True, sliding_window=window)
     assert found.shape == (1, 11, 4, 8)
     found.sum().backward()  # type: ignore[no-untyped-call]  # of PyTorch
     assert all(part.grad is not None and part.grad.shape == part.shape for part in (query, key, value))
