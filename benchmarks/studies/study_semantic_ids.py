@@ -32,7 +32,6 @@ from fedmerge.evaluation.ranks import METRICS, per_user_metrics, target_ranks
 
 CODES = 256  # a level, one byte
 WIDTH = 384  # of drawn vectors
-USERS_PER_BLOCK = 256
 FITTED = 100_000  # vectors that place the centroids
 
 
@@ -143,8 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             items, (users,) = vectors_of(domain, (examples,))
         print(f"{domain.manifest.name}, {len(items)} items, {len(users)} validation users")
         print("row | bytes an item | items that share their codes | masked Recall@10 / NDCG@10 | unmasked")
-        _print("exact", 4 * items.shape[1], 0, _of_vectors(users, items), examples)
-        _print("8 bits a value", items.shape[1], 0, _of_vectors(users, eight_bits(items)), examples)
+        _print("exact", 4 * items.shape[1], 0, users @ items.T, examples)
+        _print("8 bits a value", items.shape[1], 0, users @ eight_bits(items).T, examples)
         longest = residual_kmeans(items.numpy(), max(options.levels), config.seed)
         for levels in options.levels:
             tree = longest.cut(levels)
@@ -158,24 +157,14 @@ def _shared(tree: CodeTree) -> float:
     return float((np.bincount(tree.leaves)[tree.leaves] > 1).mean())
 
 
-def _of_vectors(users: torch.Tensor, items: torch.Tensor) -> list[torch.Tensor]:
-    return [block @ items.T for block in torch.split(users, USERS_PER_BLOCK)]
+def _of_codes(users: torch.Tensor, tree: CodeTree, beams: int | None, at_once: int = 256) -> torch.Tensor:
+    return torch.cat([decode(block.numpy(), tree, beams) for block in torch.split(users, at_once)])
 
 
-def _of_codes(users: torch.Tensor, tree: CodeTree, beams: int | None) -> list[torch.Tensor]:
-    return [decode(block.numpy(), tree, beams) for block in torch.split(users, USERS_PER_BLOCK)]
-
-
-def _print(row: str, nbytes: int, shared: float, scores: list[torch.Tensor], examples: Examples) -> None:
+def _print(row: str, nbytes: int, shared: float, scores: torch.Tensor, examples: Examples) -> None:
     cells = []
-    for masked in (True, False):
-        ranks, start = [], 0
-        for block in scores:
-            end = start + len(block)
-            seen = examples.histories[start:end] if masked else None
-            ranks.append(target_ranks(block, examples.targets[start:end], seen))
-            start = end
-        means = per_user_metrics(np.concatenate(ranks)).mean(axis=0)
+    for seen in (examples.histories, None):
+        means = per_user_metrics(target_ranks(scores, examples.targets, seen)).mean(axis=0)
         cells.append(f"{means[METRICS.index('recall@10')]:.4f} / {means[METRICS.index('ndcg@10')]:.4f}")
     print(row, nbytes, f"{shared:.1%}", *cells, sep=" | ", flush=True)
 
@@ -189,7 +178,7 @@ def _large(number: int, lengths: Sequence[int], beams: Sequence[int], seed: int)
     print(f"{number:,} drawn vectors of width {WIDTH}")
     print("row | MB | items that share their codes | of the 10 best in a list of 10")
     print("exact", f"{items.nbytes / 1e6:.0f}", "0%", "100%", sep=" | ")
-    rounded = _kept(_of_vectors(users, eight_bits(items)), best)
+    rounded = _kept(users @ eight_bits(items).T, best)
     print("8 bits a value", f"{items.numel() / 1e6:.0f}", "0%", rounded, sep=" | ", flush=True)
     start = time.process_time()
     longest = residual_kmeans(items.numpy(), max(lengths), seed)
@@ -198,12 +187,12 @@ def _large(number: int, lengths: Sequence[int], beams: Sequence[int], seed: int)
         tree = longest.cut(levels)
         for kept in [None, *(beams if levels == 3 else [])]:
             row = f"{levels} codes" + (f", {kept} beams" if kept else "")
-            scores = [decode(block.numpy(), tree, kept) for block in torch.split(users, 20)]
+            scores = _of_codes(users, tree, kept, 20)
             print(row, f"{tree.nbytes / 1e6:.1f}", f"{_shared(tree):.0%}", _kept(scores, best), sep=" | ", flush=True)
 
 
-def _kept(scores: list[torch.Tensor], best: torch.Tensor) -> str:
-    found = torch.cat([torch.topk(block, best.shape[1]).indices for block in scores])
+def _kept(scores: torch.Tensor, best: torch.Tensor) -> str:
+    found = torch.topk(scores, best.shape[1]).indices
     return f"{(found[:, :, None] == best[:, None, :]).any(dim=2).float().mean():.0%}"
 
 
