@@ -50,10 +50,10 @@ from fedmerge.files import read_json
 from fedmerge.merging.candidate import Provenance, largest_rank
 from fedmerge.privacy.dp.releases import coefficient_messages
 from fedmerge.report.bench.few_data import TRAIN_USERS
-from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables
+from fedmerge.report.bench_tables import EVERY_FOLD, NOTHING_LEARNED, BenchTables
 from fedmerge.report.statistics import comparison_rows, rank_rows
 from fedmerge.report.tables import Role
-from fedmerge.runs.checkpoints import ADAPTERS, merge_folder, read_weave, stored_factors, woven_folder
+from fedmerge.runs.checkpoints import ADAPTERS, merge_folder, read_untrained, read_weave, stored_factors, woven_folder
 from fedmerge.runs.round_checkpoints import round_records
 
 Sums = dict[tuple[Place, str], dict[Variant, MetricSums]]  # place and domain -> variant -> sums
@@ -166,7 +166,7 @@ def _ranks(grid: Grid, sums: Sums) -> list[dict[str, Any]]:
             if strategy in grid.strategies
         }
         for (place, domain), variants in sums.items()
-        if not place.left_out
+        if _role(grid, place, domain) == "train"
     }
     return rank_rows(scores)
 
@@ -434,16 +434,18 @@ def _leaks(grid: Grid, place: Place, strategy: str) -> Iterator[dict[str, Any]]:
 
 def _cell(grid: Grid, place: Place, strategy: str) -> dict[str, Any]:
     config, record = grid.experiment(place, strategy), read_json(grid.merges(place, strategy) / MERGES) or {}
+    run = grid.run(place, strategy)
     return {
         **_named(place, strategy),
         "status": "done" if chosen_variant(grid, place, strategy) else "failed",
         "config": config.model_dump(mode="json"),
-        "environment": record.get("environment") or read_json(grid.run(place, strategy) / "environment.json"),
+        "environment": record.get("environment") or read_json(run / "environment.json"),
         "seconds": record.get("seconds"),
         TRAIN_USERS: {
             domain: read_manifest(_folder(config, domain)).num_users for domain in tested_domains(grid, place)
         },
         **({"excluded": away} if (away := grid.excluded_by_gate(place, strategy)) else {}),
+        **({NOTHING_LEARNED: zero} if (zero := read_untrained(run, merged_domains(grid, place, strategy))) else {}),
     }
 
 

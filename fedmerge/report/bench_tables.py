@@ -30,6 +30,7 @@ BENCH_FILE = "bench.json"
 CELLS_FILE = "cells.json"
 EVERY_FOLD = "any"  # left_out of a comparison over all leave-one-domain-out folds
 FINISHED = "done"  # status of a finished cell; any other status counts as unfinished
+NOTHING_LEARNED = "nothing_learned"  # key of a cell: merged domains whose experts are zero
 POOLED = " (pooled)"  # suffix of a row that was trained on pooled data, which breaks isolation
 MEAN = "mean"  # in the column "domain": a comparison of unweighted means over domains
 

@@ -9,6 +9,7 @@ import pytest
 from in_process import finish, grid_in, tables_of, train
 from small_bench import FILE, STRATEGIES, TRAIN, VARIANTS, scores
 
+from fedmerge.adapter import is_zero
 from fedmerge.bench.cells import Cell, Ended, Running, joint_folder, work
 from fedmerge.bench.config import load_bench
 from fedmerge.bench.grid import BENCHMARK, Grid, Place
@@ -21,7 +22,7 @@ from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.errors import ConfigError
 from fedmerge.files import read_json, write_json
 from fedmerge.report.bench.page import bench_page
-from fedmerge.report.bench_tables import EVERY_FOLD, BenchTables
+from fedmerge.report.bench_tables import EVERY_FOLD, NOTHING_LEARNED, BenchTables
 from fedmerge.runs.checkpoints import merge_folder, read_sources
 
 pytestmark = pytest.mark.federation
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.federation
 def test_the_grid_is_complete_and_experts_are_trained_once_per_seed(
     finished_bench: tuple[Grid, BenchTables, list[str]],
 ) -> None:
-    _, tables, lines = finished_bench
+    grid, tables, lines = finished_bench
     found = {(row["strategy"], row["seed"], row["left_out"], row["domain"]) for row in tables.results}
     rows = {*STRATEGIES, "backbone", "popularity", "last-item", "expert"}
     whole = {(row, seed, "", domain) for row in rows for seed in (0, 1) for domain in TRAIN}
@@ -43,6 +44,11 @@ def test_the_grid_is_complete_and_experts_are_trained_once_per_seed(
     assert {(cell["strategy"], cell["status"]) for cell in tables.cells} == {(name, "done") for name in STRATEGIES}
     assert tables.synthetic
     assert set(tables.references) == rows - {*STRATEGIES}
+    assert {row["num_blocks"] for row in tables.ranks} == {len(TRAIN) * 2}  # seeds; no unseen domain is a block
+    for cell in tables.cells:
+        adapters = grid.run(Place(cell["dataset"], cell["seed"], cell["left_out"]), cell["strategy"]) / "adapters"
+        zero = [domain for domain in TRAIN if is_zero(read_adapter(adapters / domain))]
+        assert cell.get(NOTHING_LEARNED, []) == [domain for domain in zero if domain != cell["left_out"]]
     ranked = [line for line in lines if line.startswith("test ")]
     assert len(ranked) == len(set(ranked))
     trainings = [re.sub("[0-9]+ s", "9 s", line) for line in lines if line.startswith("training ")]

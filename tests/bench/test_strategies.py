@@ -19,7 +19,7 @@ from fedmerge.encoder.peft.folder import read_adapter
 from fedmerge.errors import ClientError
 from fedmerge.files import read_json, seal, write_json
 from fedmerge.report.bench.page import bench_page
-from fedmerge.report.bench_tables import BenchTables
+from fedmerge.report.bench_tables import NOTHING_LEARNED, BenchTables
 from fedmerge.runs.checkpoints import merge_folder, read_sources
 from fedmerge.runs.round_checkpoints import round_records
 
@@ -99,6 +99,19 @@ def test_a_failed_or_incomplete_training_is_reported_and_the_others_are_compared
     assert scores(tables, domain="books") == scores(finished_bench[1], domain="books", seed=1, left_out="")
     status = {cell["strategy"]: cell["status"] for cell in tables.cells}
     assert status == {**dict.fromkeys(STRATEGIES, "done"), "fedit": "failed", "weighted-average": "failed"}
+
+
+def test_experts_that_learned_nothing_are_named_on_the_page(bench_place: Path) -> None:
+    text = FILE.replace("[0, 1]", "[1]").replace("leave_one_out = true", "")
+    void = '\n[[dataset]]\nname = "void"\nset = { "train.learning_rate" = 1e-20 }\n'
+    (bench_place / "void.toml").write_text(text[: text.index('\n[[strategy]]\nname = "mergerec"')] + void)
+    grid = grid_in(bench_place, "void", "void.toml")
+    finish(grid)
+    tables = tables_of(grid)
+    assert [cell[NOTHING_LEARNED] for cell in tables.cells] == [[*TRAIN]] * 2
+    page = bench_page(tables)
+    where = "void, seed 1: in beauty, books, coffee no validation beat the backbone"
+    assert f"Nothing was learned.</strong> {where}, so the expert is zero in average, task-arithmetic." in page
 
 
 def test_the_policy_changes_bytes_but_not_merges(bench_place: Path) -> None:

@@ -114,10 +114,11 @@ def continue_adapter(
     """
     check_can_train(domain)
     name = domain.manifest.name
-    drawn = training_batches(domain.training_sequences, settings, seed, name, "weave", source)
+    scope = ("weave", source)
+    drawn = training_batches(domain.training_sequences, settings, seed, name, *scope)
     batches = ((domain, batch, epochs) for batch, epochs in drawn)
     progress(f"{name}: continuing the adapter of {source}")
-    return fine_tune(name, [domain], batches, lora, settings, seed, progress, checkpoint, start, proximal, term)
+    return fine_tune(name, [domain], batches, lora, settings, seed, progress, checkpoint, start, proximal, term, scope)
 
 
 def weaving_settings(train: Train, weave: Weave) -> Train:
@@ -144,6 +145,7 @@ def fine_tune(
     start: Adapter | None = None,
     proximal: float = 0.0,
     term: Term | None = None,
+    scope: tuple[str, ...] = (),
 ) -> tuple[Adapter, TrainingReport]:
     """Train an adapter on batches; select the best by mean NDCG@10 over the domains' validation users.
 
@@ -155,6 +157,7 @@ def fine_tune(
         start: the adapter to train; None for a fresh one.
         proximal: μ of FedProx, the pull towards it.
         term: as for :func:`continue_adapter`.
+        scope: names of the randomness of augmentations and auxiliary losses, after the seed and the domain's name.
     """
     titles = next_titles(settings, *domains)
     examples = [
@@ -165,7 +168,8 @@ def fine_tune(
         scores = [_validation_ndcg(domain, of_domain) for domain, of_domain in zip(domains, examples, strict=True)]
         return float(np.mean(scores))
 
-    prepared = {domain.manifest.name: prepare(domain, settings, seed, domain.manifest.name) for domain in domains}
+    names = {domain.manifest.name: domain for domain in domains}
+    prepared = {of: prepare(domain, settings, seed, of, *scope) for of, domain in names.items()}
     auxiliaries = {domain: auxiliary for domain, auxiliary in prepared.items() if auxiliary is not None}
     schedule = Schedule(
         learning_rate=settings.learning_rate,

@@ -21,7 +21,7 @@ from fedmerge.report.bench.notation import counted, difference_text, metric_titl
 from fedmerge.report.bench.privacy import privacy_section
 from fedmerge.report.bench.ranks import ranks_section
 from fedmerge.report.bench.scores import domains_section, scores_section, unseen_section
-from fedmerge.report.bench_tables import FINISHED, BenchTables
+from fedmerge.report.bench_tables import FINISHED, NOTHING_LEARNED, BenchTables
 from fedmerge.report.html.looks import Look, assign_looks
 from fedmerge.report.html.page import Html, Section, element, facts, join, page
 from fedmerge.report.run.verdict import SIMPLE
@@ -67,7 +67,13 @@ def bench_page(
     sections += more
     if tables.cells:
         sections.append(Section("cells", "Settings and environment", cells_section(tables)))
-    return page(tables.title, join(lead, *_attacks(tables)), sections, kind=kind, synthetic=tables.synthetic)
+    return page(
+        tables.title,
+        join(lead, *_attacks(tables), *_untrained(tables)),
+        sections,
+        kind=kind,
+        synthetic=tables.synthetic,
+    )
 
 
 def looks_of(tables: BenchTables) -> dict[str, Look]:
@@ -85,9 +91,24 @@ def _attacks(tables: BenchTables) -> list[Html]:
             who = f" {cell['dataset']}: {settings['simulation.attacker']} corrupts its own training "
             how = f"({settings['simulation.attack']}, strength {settings['simulation.attack_strength']:g})"
             notes[f"{who}{how}. Serve none of these models."] = None
+    return [_warning("Poisoned on purpose.", note) for note in notes]
+
+
+def _untrained(tables: BenchTables) -> list[Html]:
+    """Return a warning for the experts of every training that are zero, with the strategies that merge them."""
+    strategies: dict[str, list[str]] = {}
+    for cell in tables.cells:
+        if domains := cell.get(NOTHING_LEARNED):
+            who = f" {cell['dataset']}, seed {cell['seed']}: in {', '.join(domains)} no validation beat the backbone"
+            strategies.setdefault(f"{who}, so the expert is zero", []).append(cell["strategy"])
     return [
-        element("p", element("strong", "Poisoned on purpose."), note, class_="warning", role="note") for note in notes
+        _warning("Nothing was learned.", f"{who} in {', '.join(dict.fromkeys(names))}.")
+        for who, names in strategies.items()
     ]
+
+
+def _warning(title: str, text: str) -> Html:
+    return element("p", element("strong", title), text, class_="warning", role="note")
 
 
 def _in_short(tables: BenchTables, datasets: Mapping[str, Dataset]) -> Html:

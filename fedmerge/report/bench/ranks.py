@@ -34,9 +34,9 @@ def ranks_section(tables: BenchTables, looks: Mapping[str, Look]) -> Html:
         "div",
         *(element("p", line) for line in lines),
         note(
-            "Mean rank over blocks (dataset, domain, seed); 1 is best. Strategies joined by a bar differ by less than "
-            "the critical difference (Nemenyi, 5 %). Seeds of one domain are not fully independent blocks, so this is "
-            "a summary, not a proof."
+            "Mean rank over blocks (dataset, training domain, seed); 1 is best. Strategies joined by a bar differ by "
+            "less than the critical difference (Nemenyi, 5 %). Seeds of one domain are not fully independent blocks, "
+            "so this is a summary, not a proof."
         ),
         class_="side",
     )

@@ -18,9 +18,10 @@ from fedmerge.client.auxiliary.prepared import Auxiliary, augmented_histories, p
 from fedmerge.client.cache.experts import expert_inputs
 from fedmerge.client.cache.folders import inputs_key
 from fedmerge.client.local_domain import LocalDomain
+from fedmerge.client.training.batches import training_batches
 from fedmerge.client.training.by_mode import train_private_expert
 from fedmerge.client.training.dp_sgd import Records, UserPlan, clipped_sum, private_steps
-from fedmerge.client.training.expert import train_expert, training_record
+from fedmerge.client.training.expert import fine_tune, train_expert, training_record
 from fedmerge.client.training.loop import Attached
 from fedmerge.client.training.losses import TEMPERATURE
 from fedmerge.client.training.round import RoundTask, train_round
@@ -64,6 +65,18 @@ def domain(toys: LocalDomain) -> Iterator[LocalDomain]:
 
 
 # Neutral settings, and what names the others
+
+
+def test_adapters_of_two_sources_are_continued_on_different_augmentations(toys: LocalDomain) -> None:
+    def continued(*scope: str) -> tuple[float | None, ...]:
+        settings = changed(TRAIN, augment=("insert=0.9",))
+        drawn = training_batches(toys.training_sequences, settings, 0, "the same")
+        batches = ((toys, batch, epochs) for batch, epochs in drawn)
+        report = fine_tune("toys", [toys], batches, LORA, settings, 0, scope=scope)[1]
+        return tuple(validation.loss for validation in report.validations)
+
+    assert continued("weave", "a") == continued("weave", "a")
+    assert len({continued(), continued("weave", "a"), continued("weave", "b")}) == 3
 
 
 @pytest.mark.parametrize(
