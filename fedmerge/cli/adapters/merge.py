@@ -33,7 +33,7 @@ examples:
   fedmerge merge --method average --out merged law/ medicine=s3://bucket/medicine  an adapter on shared storage
   fedmerge merge --of-merges --method average --out all north/ south/             the average of the adapters in merges
   fedmerge merge demo-2026 --method pcb                                           the experts of a run
-  fedmerge merge demo-2026 --exclude books                                        its own merges, without one domain
+  fedmerge merge demo-2026 --exclude coffee-small                                 its own merges, without one domain
   fedmerge merge demo-2026 --set merge.methods=mergerec mergerec.steps=1000       other settings"""
 
 # Parameters of the training-free methods. A test compares them with METHODS, whose import would slow every command.
